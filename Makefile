@@ -1,0 +1,61 @@
+# Everything runs in .venv, which is made on first use. Afterwards nothing here needs a network, until
+# setup.cfg or the constraints change.
+#   PYTHON=python3.12        the interpreter that makes .venv (3.11 or newer)
+#   TORCH_INDEX=https://...  a package index with CPU builds of torch, where the usual one has CUDA builds only
+PYTHON ?= python3
+TORCH_INDEX ?=
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+READY := .venv/.ready
+CONSTRAINTS := cluster/constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-model test lint types layers bench gpu notebooks clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## make .venv and install everything into it (every other target does so when needed)
+
+$(READY): setup.cfg pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"daskllm needs Python 3.11 or newer, not {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
+	@echo "Setting up .venv (some minutes the first time) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(if $(TORCH_INDEX),$(PIP) --constraint $(CONSTRAINTS) --index-url $(TORCH_INDEX) torch)
+	@$(PIP) --constraint $(CONSTRAINTS) --editable '.[dashboard,notebook,test,dev]'
+	@touch $@
+
+demo: $(READY) ## the bundled model on the bundled table: a local Dask cluster, answers on screen and in Parquet
+	@$(BIN)/daskllm demo
+
+demo-model: $(READY) ## train the bundled model again from nothing (its budget: daskllm/demo/train.py)
+	$(BIN)/python -m daskllm.demo.train --out daskllm/demo/model --seed 0
+
+test: lint types layers ## lint, types, layers, then every test that needs no GPU
+	@$(BIN)/python -m pytest -q -m 'not gpu' $(PYTEST_ARGS)
+
+lint: $(READY) ## ruff: rules and formatting
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+
+types: $(READY) ## mypy on the package
+	@$(BIN)/mypy
+
+layers: $(READY) ## the layers contract of the package (who may import whom)
+	@$(BIN)/lint-imports --no-logo
+
+bench: $(READY) ## throughput on a skewed work file, beside transformers, as JSON
+	@$(BIN)/python tests/benchmarks/throughput.py
+
+gpu: ## parity tests and a benchmark on a machine with CUDA, torch, cupy and triton (PYTHON= names its python)
+	@$(PYTHON) -m pytest -q -m gpu tests/gpu $(PYTEST_ARGS)
+	@$(PYTHON) tests/benchmarks/gpu.py
+
+notebooks: $(READY) ## run the notebooks and keep their outputs
+	@$(BIN)/python notebooks/run.py
+
+clean: ## remove .venv, caches and the demo's answers
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info demo-answers
+	find daskllm tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,223 @@
+"""Measures how fast a model answers one work file, in this process or on a local cluster.
+
+Owns the work file's format, the clock and the memory figures. A work file is a JSON list of
+``{"prompt": [token ids], "out": n}``: exactly ``n`` tokens are generated for each row, end tokens ignored.
+It measures through the doors that everybody uses (`daskllm.llm.load`, a session's ``generate``) and knows
+nothing of what lies behind them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+from distributed import Client, LocalCluster
+
+from daskllm.llm import load
+from daskllm.machine import cores
+from daskllm.runtime.process import open_session_on, session_for
+from daskllm.session import ModelSpec, Session
+from daskllm.types import SamplingParams
+
+__all__ = ["WorkRow", "measure", "read_work"]
+
+WARM_UP_ROWS = 4
+TASKS_PER_THREAD = 4
+MEGABYTE = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class WorkRow:
+    """One row of a work file: the prompt's token ids, and how many tokens to generate."""
+
+    prompt: tuple[int, ...]
+    out: int
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """Greedy, to exactly this row's length."""
+        return SamplingParams(max_tokens=self.out, ignore_eos=True)
+
+
+def read_work(path: str | os.PathLike[str]) -> list[WorkRow]:
+    """The rows of a work file.
+
+    Raises:
+        ValueError: the file is not such a list; the message names the row and what it must be.
+    """
+    try:
+        rows = json.loads(Path(path).read_text())
+    except json.JSONDecodeError as bad:
+        raise ValueError(f"{os.fspath(path)} is not JSON: {bad}") from bad
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f'{os.fspath(path)} must be a non-empty JSON list of {{"prompt": [ids], "out": n}}')
+    return [_row(path, i, row) for i, row in enumerate(rows)]
+
+
+def _row(path: str | os.PathLike[str], i: int, row: Any) -> WorkRow:
+    prompt, out = (row.get("prompt"), row.get("out")) if isinstance(row, dict) else (None, None)
+    if not isinstance(prompt, list) or not prompt or not all(type(t) is int and t >= 0 for t in prompt):
+        raise ValueError(f'{os.fspath(path)}, row {i}: "prompt" must be a non-empty list of token ids')
+    if type(out) is not int or out < 1:
+        raise ValueError(
+            f'{os.fspath(path)}, row {i}: "out" must be a whole number of at least 1, not {out!r}'
+        )
+    return WorkRow(tuple(prompt), out)
+
+
+def measure(
+    model: str,
+    work: Sequence[WorkRow],
+    *,
+    workers: int | None = None,
+    threads: int | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    kv_memory: int | str = "auto",
+) -> dict[str, Any]:
+    """Load a model, warm up on four rows, answer all rows; what it took.
+
+    Args:
+        workers: processes of a local Dask cluster; None answers in this process, without Dask.
+        threads: Dask threads per worker, each of which has one task in flight (2).
+
+    Returns:
+        ``load_s`` from the call of ``load`` until ready to generate; ``seconds`` for all rows after the
+        warm-up; ``out_tokens``, ``out_tokens_per_s``, ``prompt_tokens``, ``rows``; ``base_rss_mb`` resident
+        before ``load`` and ``peak_rss_mb`` the most ever resident, both in 10**6 bytes and summed over the
+        processes that hold the model; ``preemptions``; and the machine and versions it ran on.
+
+    Raises:
+        RuntimeError: a row did not yield exactly the tokens it asks for, so that the time means nothing.
+    """
+    options: dict[str, Any] = {"revision": revision, "dtype": dtype, "device": device, "kv_memory": kv_memory}
+    if workers is None:
+        if threads is not None:
+            raise ValueError("threads= counts the Dask threads of a worker: give workers= as well")
+        measured = _in_process(model, work, options)
+    else:
+        measured = _on_cluster(model, work, options, workers, threads or 2)
+    measured["out_tokens_per_s"] = round(measured["out_tokens"] / measured["seconds"], 1)
+    for name in ("load_s", "seconds", "base_rss_mb", "peak_rss_mb"):
+        measured[name] = round(measured[name], 3)
+    prompt_tokens = sum(len(row.prompt) for row in work)
+    return {**measured, "rows": len(work), "prompt_tokens": prompt_tokens, **_where()}
+
+
+def _in_process(model: str, work: Sequence[WorkRow], options: dict[str, Any]) -> dict[str, Any]:
+    base = _resident()
+    begun = time.perf_counter()
+    llm = load(model, **options)
+    session = llm.session()
+    load_s = time.perf_counter() - begun
+    try:
+        _answer(session, work[:WARM_UP_ROWS])
+        begun = time.perf_counter()
+        tokens = _answer(session, work)
+        seconds = time.perf_counter() - begun
+        return {
+            "load_s": load_s,
+            "seconds": seconds,
+            "out_tokens": tokens,
+            "base_rss_mb": base,
+            "peak_rss_mb": _peak_resident(),
+            **_engine(session),
+        }
+    finally:
+        llm.close()
+
+
+def _on_cluster(
+    model: str, work: Sequence[WorkRow], options: dict[str, Any], workers: int, threads: int
+) -> dict[str, Any]:
+    with (
+        LocalCluster(
+            n_workers=workers, threads_per_worker=threads, memory_limit=0, dashboard_address="127.0.0.1:0"
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        base = sum(client.run(_resident).values())
+        begun = time.perf_counter()
+        spec = load(model, client=client, **options).spec
+        client.run(open_session_on, spec)
+        load_s = time.perf_counter() - begun
+        client.run(_answer_here, spec, work[:WARM_UP_ROWS])
+        size = -(-len(work) // (workers * threads * TASKS_PER_THREAD))
+        parts = [work[i : i + size] for i in range(0, len(work), size)]
+        begun = time.perf_counter()
+        tokens = sum(client.gather(client.map(_answer_here, [spec] * len(parts), parts, pure=False)))
+        seconds = time.perf_counter() - begun
+        engines = list(client.run(_engine_here, spec).values())
+        return {
+            "load_s": load_s,
+            "seconds": seconds,
+            "out_tokens": tokens,
+            "base_rss_mb": base,
+            "peak_rss_mb": sum(client.run(_peak_resident).values()),
+            **engines[0],
+            "preemptions": sum(engine["preemptions"] for engine in engines),
+            "workers": workers,
+            "threads": threads,
+        }
+
+
+def _answer(session: Session, work: Sequence[WorkRow]) -> int:
+    """Generate every row of the work; the number of tokens, all of which were asked for."""
+    answers = session.generate([row.prompt for row in work], [row.sampling for row in work])
+    for i, (row, (answer,)) in enumerate(zip(work, answers, strict=True)):
+        if answer.completion_tokens != row.out:
+            why = answer.error or f"it ended with {answer.finish_reason!r}"
+            raise RuntimeError(f"row {i} gave {answer.completion_tokens} of {row.out} tokens: {why}")
+    return sum(row.out for row in work)
+
+
+def _answer_here(spec: ModelSpec, work: Sequence[WorkRow]) -> int:
+    return _answer(session_for(spec), work)
+
+
+def _engine_here(spec: ModelSpec) -> dict[str, Any]:
+    return _engine(session_for(spec))
+
+
+def _engine(session: Session) -> dict[str, Any]:
+    return {"preemptions": session.metrics.preemptions}
+
+
+def _resident() -> float:
+    """This process's resident memory in 10**6 bytes."""
+    return psutil.Process().memory_info().rss / MEGABYTE
+
+
+def _peak_resident() -> float:
+    """The most memory that was ever resident in this process, in 10**6 bytes.
+
+    Read from ``/proc/self/status`` where there is one: ``getrusage`` would also count what the parent had
+    resident when it forked.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024 / MEGABYTE
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MEGABYTE
+
+
+def _where() -> dict[str, Any]:
+    packages = ("daskllm", "torch", "numba", "dask")
+    return {
+        "cpu_count": cores(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+    }

@@ -1,0 +1,121 @@
+"""From a checkpoint's tensors to blocks in the store, a layer at a time.
+
+It knows shapes, types and layouts. It refuses to know families (``models`` says where a block comes from) and
+file formats (``checkpoint`` reads them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from daskllm.blocks import array
+from daskllm.blocks.store import STORE, BlockKey, BlockStore
+from daskllm.checkpoint import Checkpoint
+from daskllm.models import BlockSources, DecoderConfig, TensorSource, layer_names, sources
+from daskllm.types import ModelError
+
+__all__ = ["load_layers"]
+
+_CONVERTIBLE = (*array.DTYPES, "float64")
+
+
+def load_layers(
+    checkpoint: Checkpoint,
+    config: DecoderConfig,
+    layers: Iterable[str],
+    *,
+    model: str,
+    version: int = 0,
+    device: str,
+    dtype: str,
+    store: BlockStore = STORE,
+) -> None:
+    """Put some of a model's layers into a store, all of them or none.
+
+    A block whose type and layout are the file's stays a view of the mapped file. The others are converted
+    one at a time, so that no more than one tensor is in memory twice. A tied head shares the embedding's
+    array when both are loaded here or the embedding is in the store already.
+
+    Args:
+        layers: names as `layer_names` gives them.
+        model, version: what the blocks are kept under.
+        device: "cpu" or "cuda".
+        dtype: the blocks' type, "float32", "bfloat16" or "float16".
+
+    Raises:
+        ModelError: a tensor is missing or has another shape or type than the config calls for; the message
+            names file and tensor.
+        ValueError: an unknown layer or dtype.
+    """
+    wanted = list(layers)
+    unknown = sorted(set(wanted) - set(layer_names(config)))
+    if unknown:
+        raise ValueError(f"unknown layer {unknown[0]!r}; this model has {', '.join(layer_names(config))}")
+    if dtype not in array.DTYPES:
+        raise ValueError(f"dtype must be {', '.join(array.DTYPES)}, not {dtype!r}")
+    found = sources(config, checkpoint.names)
+    _check(checkpoint, found, wanted)
+    if "head" in wanted:
+        _check_tied(checkpoint, config, found)
+    made = _held_twin(config, found, model, version, store, device, dtype)
+    ready: dict[BlockKey, array.Block] = {}
+    for layer in wanted:
+        for name, source in found[layer].items():
+            if source not in made:
+                made[source] = array.to_device(_read(checkpoint, source, dtype), device)
+            ready[BlockKey(model, version, layer, name)] = made[source]
+    store.put_all(ready)
+
+
+def _held_twin(
+    config: DecoderConfig,
+    found: BlockSources,
+    model: str,
+    version: int,
+    store: BlockStore,
+    device: str,
+    dtype: str,
+) -> dict[TensorSource, array.Block]:
+    """The embedding of a tied model when either of its two names is in the store already."""
+    if config.tied:
+        held = store.keys(model)
+        for layer, name in (("embed", "tokens.weight"), ("head", "lm_head.weight")):
+            key = BlockKey(model, version, layer, name)
+            block = store.get(key) if key in held else None
+            if block is not None and array.holds(block, dtype) and array.is_on(block, device):
+                return {found[layer][name]: block}
+    return {}
+
+
+def _check(checkpoint: Checkpoint, found: BlockSources, wanted: list[str]) -> None:
+    for layer in wanted:
+        for source in found[layer].values():
+            shape, dtype = checkpoint.shape(source.name), checkpoint.dtype(source.name)
+            where = f"{checkpoint.file(source.name)}: tensor {source.name!r}"
+            if shape != source.shape:
+                raise ModelError(f"{where} has shape {shape}, but config.json makes it {source.shape}")
+            if dtype not in _CONVERTIBLE:
+                raise ModelError(f"{where} is of type {dtype}; only {', '.join(_CONVERTIBLE)} are read")
+
+
+def _check_tied(checkpoint: Checkpoint, config: DecoderConfig, found: BlockSources) -> None:
+    """A head that is in the file although it is tied must be the embedding, or one of them would be lost."""
+    embedding = found["embed"]["tokens.weight"].name
+    if not config.tied or "lm_head.weight" not in checkpoint.names or embedding == "lm_head.weight":
+        return
+    if not torch.equal(checkpoint.tensor("lm_head.weight"), checkpoint.tensor(embedding)):
+        raise ModelError(
+            f"{checkpoint.file('lm_head.weight')}: tensor 'lm_head.weight' differs from {embedding!r}, but "
+            "config.json has tie_word_embeddings=true; set it to false if the head is meant"
+        )
+
+
+def _read(checkpoint: Checkpoint, source: TensorSource, dtype: str) -> array.Block:
+    tensor = checkpoint.tensor(source.name)
+    if source.transpose:
+        tensor = tensor.t()
+    if source.rows is not None:
+        tensor = tensor[slice(*source.rows)]
+    return array.from_torch(tensor.to(array.DTYPES[dtype]).contiguous())

@@ -1,0 +1,89 @@
+"""One step's rows as flat tensors: which token, at which position, into which slot, over which blocks.
+
+A batch is ragged: every row is one token, decode rows and the chunks of several prompts side by side,
+nothing padded. It is made once per step and read by every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["BLOCK_SIZE", "Batch", "Chunk"]
+
+BLOCK_SIZE = 32
+"""Tokens per KV block: two SIMD registers of keys; on average half a block per sequence is unused."""
+
+_TILE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive tokens of one sequence to run in this step.
+
+    Attributes:
+        tokens: their ids.
+        start: the position of the first; all positions before it are in the cache.
+        blocks: the sequence's block table, long enough for the last token.
+        logits: how many of the chunk's last rows want logits (0: none).
+    """
+
+    tokens: Sequence[int]
+    start: int
+    blocks: Sequence[int]
+    logits: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The tensors of one step; ``rows`` is the sum of the chunks' lengths.
+
+    Attributes:
+        tokens: int64 [rows].
+        positions: int64 [rows], each token's place in its sequence.
+        slots: int64 [rows], block * BLOCK_SIZE + offset where its key and value go.
+        tables: int64 [chunks, longest table], block ids, padded with 0 and never read there.
+        tiles: int64 [tiles, 4], (chunk, first row, rows, first position): runs of one chunk's rows that
+            read keys together.
+        logit_rows: int64 [wanted], rows whose logits are wanted, in chunk order.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    tables: torch.Tensor
+    tiles: torch.Tensor
+    logit_rows: torch.Tensor
+
+    @classmethod
+    def of(cls, chunks: Sequence[Chunk], device: torch.device | str = "cpu") -> Batch:
+        """Lay chunks out one after another.
+
+        >>> Batch.of([Chunk([7, 8], 31, [4, 2])]).slots.tolist()
+        [159, 64]
+        """
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        tiles: list[tuple[int, int, int, int]] = []
+        logit_rows: list[int] = []
+        for number, chunk in enumerate(chunks):
+            row, count = len(tokens), len(chunk.tokens)
+            tokens.extend(chunk.tokens)
+            places = range(chunk.start, chunk.start + count)
+            positions.extend(places)
+            blocks = chunk.blocks
+            slots.extend(blocks[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in places)
+            tiles.extend(
+                (number, row + i, min(_TILE, count - i), chunk.start + i) for i in range(0, count, _TILE)
+            )
+            logit_rows.extend(range(row + count - chunk.logits, row + count))
+        width = max(len(chunk.blocks) for chunk in chunks)
+        tables = [[*chunk.blocks, *[0] * (width - len(chunk.blocks))] for chunk in chunks]
+
+        def tensor(values: object) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int64).to(device)
+
+        return cls(*map(tensor, (tokens, positions, slots, tables, tiles, logit_rows)))

@@ -1,0 +1,196 @@
+"""Who runs in the next step: continuous batching as a state machine without I/O.
+
+Events go in (`add`, `abort`, `advance`), decisions come out (`schedule`). It knows neither tensors nor
+threads, so that its tests need no model. One step holds a decode token of every running sequence and, up
+to a token budget, chunks of prompts (Yu et al. 2022, Orca; Agrawal et al. 2023, chunked prefill).
+
+When blocks run out, the sequence that came last gives all of its own back and waits at the head of the
+queue; it keeps its tokens and runs them again as a prompt. A sequence is admitted only while the blocks of
+its whole prompt are free beyond what the running ones need for their next token, so that admission does
+not itself cause the next preemption.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from daskllm.engine.batch import BLOCK_SIZE
+from daskllm.engine.kvcache import BlockPool, blocks_for
+from daskllm.engine.sequence import SequenceState
+
+__all__ = ["Batcher", "ScheduledChunk", "Step"]
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledChunk:
+    """``count`` tokens of a sequence from its first uncomputed one on."""
+
+    sequence: SequenceState
+    count: int
+
+    @property
+    def completes(self) -> bool:
+        """Whether the sequence's next token can be chosen after this chunk."""
+        return self.count == self.sequence.remaining
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What to run now.
+
+    Attributes:
+        chunks: tokens to run, decode rows first.
+        failed: sequences that can never run, with the reason.
+    """
+
+    chunks: tuple[ScheduledChunk, ...]
+    failed: tuple[tuple[SequenceState, str], ...] = ()
+
+
+@dataclass(slots=True)
+class Batcher:
+    """The queue and the running batch.
+
+    Args:
+        pool: the blocks there are.
+        max_sequences: at most so many run together.
+        max_tokens: at most so many tokens in one step.
+
+    Example:
+        >>> from daskllm.engine.sequence import Request
+        >>> from daskllm.types import SamplingParams
+        >>> batcher = Batcher(BlockPool(8), max_sequences=4, max_tokens=64)
+        >>> batcher.add(SequenceState.of(Request([1, 2, 3], SamplingParams()), 0))
+        >>> [chunk.count for chunk in batcher.schedule().chunks]
+        [3]
+    """
+
+    pool: BlockPool
+    max_sequences: int
+    max_tokens: int
+    waiting: deque[SequenceState] = field(default_factory=deque)
+    running: list[SequenceState] = field(default_factory=list)
+    preemptions: int = 0
+
+    def add(self, sequence: SequenceState) -> None:
+        """Queue a sequence."""
+        self.waiting.append(sequence)
+
+    def abort(self, doomed: Callable[[SequenceState], bool]) -> int:
+        """Drop every sequence that ``doomed`` picks, wherever it is; how many there were."""
+        gone = [s for s in (*self.waiting, *self.running) if doomed(s)]
+        for sequence in gone:
+            self.finish(sequence)
+        return len(gone)
+
+    def finish(self, sequence: SequenceState) -> None:
+        """Take a sequence out and free its blocks."""
+        self._release(sequence)
+        queue = self.running if sequence in self.running else self.waiting
+        if sequence in queue:
+            queue.remove(sequence)
+
+    def fork(self, parent: SequenceState, child: SequenceState) -> tuple[int, int] | None:
+        """Start a sample of ``parent``'s prompt on its blocks; a block copy (from, to) the step after needs.
+
+        Whole blocks are shared; the last, partly filled one is copied, since both will write to it. Where no
+        block is free for the copy the child waits and runs the prompt again.
+        """
+        whole, rest = divmod(parent.computed, BLOCK_SIZE)
+        if len(self.running) >= self.max_sequences or (rest and not self.pool.free):
+            self.waiting.appendleft(child)
+            return None
+        shared = parent.blocks[:whole]
+        self.pool.share(shared)
+        child.blocks, child.computed = list(shared), parent.computed
+        self.running.append(child)
+        if not rest:
+            return None
+        child.blocks.append(self.pool.take())
+        return parent.blocks[whole], child.blocks[whole]
+
+    def schedule(self) -> Step:
+        """Decide the next step, taking the blocks that it writes to."""
+        chunks: list[ScheduledChunk] = []
+        failed: list[tuple[SequenceState, str]] = []
+        budget = self.max_tokens
+        # Decode rows first: they are one token each and every one of them delays a whole row.
+        for sequence in sorted(self.running, key=lambda s: s.remaining > 1):
+            if sequence not in self.running or budget == 0:  # preempted by one before it, or no room
+                continue
+            count = min(sequence.remaining, budget)
+            if not self._make_room(sequence, count, (chunk.sequence for chunk in chunks)):
+                if len(self.running) == 1:
+                    failed.append((sequence, self._too_long(sequence)))
+                    self.finish(sequence)
+                else:
+                    self._preempt(sequence)
+                continue
+            chunks.append(ScheduledChunk(sequence, count))
+            budget -= count
+        while budget and self.waiting and len(self.running) < self.max_sequences:
+            sequence = self.waiting[0]
+            need = blocks_for(len(sequence.tokens) + 1)
+            if need > self.pool.size:
+                self.waiting.popleft()
+                failed.append((sequence, self._too_long(sequence)))
+                continue
+            if need > self.pool.free - self._growth():
+                break
+            self.waiting.popleft()
+            self.running.append(sequence)
+            # The whole prompt's blocks at once: a chunked prompt can then always be finished.
+            self._grow(sequence, len(sequence.tokens))
+            chunks.append(ScheduledChunk(sequence, min(sequence.remaining, budget)))
+            budget -= chunks[-1].count
+        return Step(tuple(chunks), tuple(failed))
+
+    def advance(self, step: Step) -> None:
+        """Note that a step has run."""
+        for chunk in step.chunks:
+            chunk.sequence.computed += chunk.count
+
+    def _growth(self) -> int:
+        """Blocks that the running sequences may take for their next token."""
+        return sum(len(s.tokens) % BLOCK_SIZE == 0 for s in self.running)
+
+    def _make_room(
+        self, sequence: SequenceState, count: int, scheduled: Iterable[SequenceState]
+    ) -> bool:
+        """Take the blocks for ``count`` more tokens, preempting later comers if need be."""
+        need = blocks_for(sequence.computed + count) - len(sequence.blocks)
+        if need > self.pool.free:
+            kept = set(map(id, scheduled)) | {id(sequence)}
+            for victim in reversed(self.running[self.running.index(sequence) + 1 :]):
+                if id(victim) not in kept:
+                    self._preempt(victim)
+                if need <= self.pool.free:
+                    break
+        if need > self.pool.free:
+            return False
+        self._grow(sequence, sequence.computed + count)
+        return True
+
+    def _grow(self, sequence: SequenceState, tokens: int) -> None:
+        while len(sequence.blocks) < blocks_for(tokens):
+            sequence.blocks.append(self.pool.take())
+
+    def _preempt(self, sequence: SequenceState) -> None:
+        self._release(sequence)
+        sequence.scores.clear()  # they are taken again with the tokens
+        self.running.remove(sequence)
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1
+
+    def _release(self, sequence: SequenceState) -> None:
+        self.pool.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.computed = 0
+
+    def _too_long(self, sequence: SequenceState) -> str:
+        return (
+            f"{len(sequence.tokens)} tokens do not fit the KV cache, which holds "
+            f"{self.pool.size * BLOCK_SIZE}; give load() a larger kv_memory"
+        )

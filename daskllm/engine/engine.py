@@ -1,0 +1,263 @@
+"""One model's loop: requests of any number of callers in, samples out.
+
+A thread of the engine's own runs step after step while there is work: schedule, run, choose, hand out. All
+callers' rows share its batch, so that it does not drain when one caller's rows come to an end. It knows
+token ids only.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+
+import torch
+
+from daskllm.engine import sampler
+from daskllm.engine.batch import Batch, Chunk
+from daskllm.engine.batcher import Batcher, ScheduledChunk, Step
+from daskllm.engine.runner import Runner
+from daskllm.engine.sequence import Request, Sample, SequenceState
+from daskllm.metrics import EngineMetrics, StepRecord
+
+__all__ = ["Engine", "EngineClosed", "Ticket"]
+
+logger = logging.getLogger(__name__)
+
+
+class EngineClosed(RuntimeError):
+    """The engine was closed while rows were waiting for it."""
+
+
+class Ticket:
+    """A request on its way; `samples` is filled when it is done.
+
+    Attributes:
+        samples: one per sample of the request, None until that sample is done.
+        failure: the exception that stopped the engine's step, where one did.
+    """
+
+    def __init__(self, request: Request, number: int) -> None:
+        self.request, self.number = request, number
+        self.samples: list[Sample | None] = [None] * request.params.n
+        self.failure: BaseException | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more will come."""
+        return self.failure is not None or all(sample is not None for sample in self.samples)
+
+
+class Engine:
+    """Continuous batching over a runner.
+
+    Args:
+        runner: a runner with all layers.
+        batcher: the state machine, with its blocks.
+        context: a sample ends with "length" when prompt and output reach it.
+        threads: OpenMP threads of a step.
+    """
+
+    def __init__(self, runner: Runner, batcher: Batcher, context: int, threads: int) -> None:
+        self.runner, self.batcher, self.context = runner, batcher, context
+        self.metrics = EngineMetrics()
+        self._threads = threads
+        self._changed = threading.Condition()
+        self._tickets: dict[Request, Ticket] = {}
+        self._arrived: list[Ticket] = []
+        self._dropped: set[int] = set()
+        self._copies: list[tuple[int, int]] = []
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    # --- callers' side ------------------------------------------------------------------------------
+
+    def submit(self, requests: Sequence[Request]) -> list[Ticket]:
+        """Queue requests; they begin in the next step."""
+        with self._changed:
+            if self._closed:
+                raise EngineClosed("the model was closed")
+            tickets = [Ticket(request, i) for i, request in enumerate(requests)]
+            self._arrived += tickets
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._loop, name="daskllm-engine", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+        return tickets
+
+    def wait(self, tickets: Sequence[Ticket], timeout: float | None = None) -> list[Ticket]:
+        """Those that are done, once all are or the time is up; raises what broke the engine, if it broke."""
+        with self._changed:
+            self._changed.wait_for(lambda: all(t.done for t in tickets), timeout)
+        for ticket in tickets:
+            if ticket.failure is not None:
+                raise ticket.failure
+        return [t for t in tickets if t.done]
+
+    def abort(self, tickets: Sequence[Ticket]) -> None:
+        """Stop decoding these and free their blocks before the next step."""
+        with self._changed:
+            self._dropped.update(id(t.request) for t in tickets if not t.done)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Stop the thread after the step it is in; rows still waiting fail with `EngineClosed`."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    # --- the loop -----------------------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        torch.set_num_threads(self._threads)  # OpenMP counts threads per calling thread
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._arrived or self._dropped or self._tickets)
+                if self._closed:
+                    self._fail(EngineClosed("the model was closed"))
+                    return
+                self._take_changes()
+            try:
+                self._step()
+            except Exception as error:  # whatever broke, every waiting caller must hear of it
+                logger.exception("a step of the engine failed")
+                with self._changed:
+                    self._fail(error)
+
+    def _take_changes(self) -> None:
+        for ticket in self._arrived:
+            self._tickets[ticket.request] = ticket
+            self.batcher.add(SequenceState.of(ticket.request, 0))
+        self._arrived.clear()
+        if self._dropped:
+            dropped = self._dropped
+            self.metrics.aborted += self.batcher.abort(lambda s: id(s.request) in dropped)
+            self._tickets = {r: t for r, t in self._tickets.items() if id(r) not in dropped}
+            self._dropped = set()
+
+    def _fail(self, error: BaseException) -> None:
+        for ticket in (*self._tickets.values(), *self._arrived):
+            ticket.failure = error
+        self.batcher.abort(lambda _: True)
+        self._tickets.clear()
+        self._arrived.clear()
+        self._copies.clear()
+        self._changed.notify_all()
+
+    def _step(self) -> None:
+        began = time.monotonic()
+        step = self.batcher.schedule()
+        for sequence, why in step.failed:
+            self._finish(sequence, sequence.finished("error", why))
+        if step.chunks:
+            self._record(step, began, self._run(step))
+        with self._changed:
+            self._changed.notify_all()
+
+    def _run(self, step: Step) -> int:
+        """Run a step and deal with what it gave; how many callers had rows in it."""
+        self.runner.cache.copy(self._copies)
+        self._copies.clear()
+        batch = Batch.of([_chunk(c) for c in step.chunks], self.runner.device)
+        logits = self.runner.run(batch)
+        callers = {c.sequence.request.caller for c in step.chunks}
+        choosing: list[SequenceState] = []
+        rows: list[int] = []
+        row = 0
+        for chunk in step.chunks:
+            sequence = chunk.sequence
+            if sequence.request.score:
+                row = self._score(chunk, logits, row)
+            elif chunk.completes:
+                family = self._samples_of(sequence)
+                choosing += family
+                rows += [row] * len(family)
+                row += 1
+        finished_prompts = [c for c in step.chunks if c.completes]
+        self.batcher.advance(step)
+        if choosing:
+            tokens = sampler.choose(logits if len(rows) == logits.shape[0] else logits[rows], choosing)
+            for sequence, token in zip(choosing, tokens, strict=True):
+                self._extend(sequence, token)
+        for chunk in finished_prompts:
+            if chunk.sequence.request.score and not chunk.sequence.remaining:
+                self._finish(chunk.sequence, chunk.sequence.finished("length"))
+        return len(callers)
+
+    def _samples_of(self, sequence: SequenceState) -> list[SequenceState]:
+        """The sequences that choose from this row: itself, and its siblings when its prompt is done."""
+        params = sequence.request.params
+        if params.n == 1 or sequence.sample != 0 or sequence.produced:
+            return [sequence]
+        return [sequence, *(SequenceState.of(sequence.request, i) for i in range(1, params.n))]
+
+    def _extend(self, sequence: SequenceState, token: int) -> None:
+        """Append a token; end the sample, or start it where it is a sibling's first."""
+        request, params = sequence.request, sequence.request.params
+        sequence.tokens.append(token)
+        sequence.counts[token] += 1
+        stopped = request.on_token is not None and request.on_token(sequence.sample, sequence.output)
+        early = sequence.produced < params.min_tokens
+        if (stopped or token in request.stop_ids) and not early:
+            self._finish(sequence, sequence.finished("stop"))
+        elif sequence.produced >= params.max_tokens or len(sequence.tokens) >= self.context:
+            self._finish(sequence, sequence.finished("length"))
+        elif not sequence.blocks:
+            self._fork(sequence)
+
+    def _fork(self, sibling: SequenceState) -> None:
+        parent = next(
+            (s for s in self.batcher.running if s.request is sibling.request and s.sample == 0), None
+        )
+        if parent is None:  # its first token was its last
+            self.batcher.waiting.appendleft(sibling)
+        elif (copy := self.batcher.fork(parent, sibling)) is not None:
+            self._copies.append(copy)
+
+    def _score(self, chunk: ScheduledChunk, logits: torch.Tensor, row: int) -> int:
+        sequence = chunk.sequence
+        first = sequence.computed + 1
+        targets = sequence.tokens[first : first + chunk.count]
+        if targets:
+            sequence.scores += sampler.token_scores(logits[row : row + len(targets)], targets)
+        return row + chunk.count
+
+    def _finish(self, sequence: SequenceState, sample: Sample) -> None:
+        self.batcher.finish(sequence)
+        ticket = self._tickets.get(sequence.request)
+        if ticket is None:  # aborted while its step ran
+            return
+        self.metrics.sequences += 1
+        self.metrics.output_tokens += len(sample.token_ids)
+        if sample.finish_reason == "error" and not sequence.produced:  # no sibling was begun either
+            ticket.samples = [sample] * len(ticket.samples)
+        ticket.samples[sequence.sample] = sample
+        if ticket.done:
+            del self._tickets[sequence.request]
+
+    def _record(self, step: Step, began: float, callers: int) -> None:
+        now = time.monotonic()
+        decode = sum(c.count == 1 and c.sequence.produced > 0 for c in step.chunks)
+        self.metrics.preemptions = self.batcher.preemptions
+        self.metrics.record(
+            StepRecord(
+                time=now,
+                seconds=now - began,
+                prefill_tokens=sum(c.count for c in step.chunks) - decode,
+                decode_tokens=decode,
+                running=len(step.chunks),
+                waiting=len(self.batcher.waiting),
+                callers=callers,
+                blocks_used=self.batcher.pool.used,
+            )
+        )
+
+
+def _chunk(scheduled: ScheduledChunk) -> Chunk:
+    sequence = scheduled.sequence
+    start, end = sequence.computed, sequence.computed + scheduled.count
+    wanted = scheduled.count if sequence.request.score else int(scheduled.completes)
+    return Chunk(sequence.tokens[start:end], start, sequence.blocks, wanted)

@@ -1,0 +1,79 @@
+"""A short, fixed list of fused operations, one file per device beside a plain-torch `reference`.
+
+===========  =================================================================
+operation    what it does
+===========  =================================================================
+pack         a weight in the layout that `linear` reads best
+linear       product with a packed weight, and its bias
+add_norm     residual add, then RMS or layer norm
+rope_store   q/k norm, rotary embedding, keys and values into the cache
+attention    every query row over its own sequence's blocks
+activate     the MLP's activation, gated or not
+===========  =================================================================
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from daskllm.engine.batch import Batch
+
+__all__ = ["Kernels", "padded_head_dim", "select"]
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Width of a value row in the cache: whole SIMD registers.
+
+    >>> padded_head_dim(20)
+    32
+    """
+    return -(-head_dim // 16) * 16
+
+
+class Kernels(Protocol):
+    """The list, as a type; see `daskllm.engine.kernels.reference` for shapes and meaning."""
+
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Any: ...
+    def linear(self, x: torch.Tensor, weight: Any) -> torch.Tensor: ...
+    def add_norm(
+        self,
+        delta: torch.Tensor | None,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        eps: float,
+        kind: str,
+    ) -> torch.Tensor: ...
+    def rope_store(
+        self,
+        qkv: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        batch: Batch,
+        angles: tuple[torch.Tensor, torch.Tensor] | None,
+        norms: tuple[torch.Tensor, torch.Tensor] | None,
+        eps: float,
+    ) -> torch.Tensor: ...
+    def attention(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        batch: Batch,
+        window: int | None,
+        scale: float,
+    ) -> torch.Tensor: ...
+    def activate(self, x: torch.Tensor, kind: str, gated: bool) -> torch.Tensor: ...
+
+
+def select(device: str, dtype: torch.dtype) -> Kernels:
+    """The kernels for a device ("cpu", "cuda") and a compute dtype."""
+    if device == "cpu" and dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available():
+        from daskllm.engine.kernels import cpu  # Numba is not loaded where it is not used
+
+        return cpu
+    from daskllm.engine.kernels import reference
+
+    return reference

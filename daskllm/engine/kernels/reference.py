@@ -1,0 +1,143 @@
+"""The fused operations in plain torch: what they mean, and what runs where there is no faster file.
+
+The other files of this room offer the same names and are tested against this one. It works on any device
+torch has; it promises values, not bits.
+
+Shapes: a batch has ``rows`` tokens; a layer's cache is ``keys [blocks, kv_heads, head_dim, BLOCK_SIZE]``
+(transposed, so that scores are sums over head_dim of contiguous keys) and
+``values [blocks, kv_heads, BLOCK_SIZE, padded head_dim]``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from daskllm.engine.batch import Batch
+
+__all__ = ["Packed", "activate", "add_norm", "attention", "linear", "pack", "rope_store"]
+
+_ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A weight ``[out, in]`` and its bias ``[out]``, as they are."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    out_features: int
+
+
+def pack(weight: torch.Tensor, bias: torch.Tensor | None) -> Packed:
+    """Nothing to reorder."""
+    return Packed(weight, bias, weight.shape[0])
+
+
+def linear(x: torch.Tensor, weight: Packed) -> torch.Tensor:
+    """x @ weight.T + bias, ``[rows, in] -> [rows, out]``."""
+    return F.linear(x, weight.weight, weight.bias)
+
+
+def add_norm(
+    delta: torch.Tensor | None,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    kind: str,
+) -> torch.Tensor:
+    """``residual += delta`` in place, then its RMS norm (Zhang & Sennrich 2019) or layer norm, in float32."""
+    if delta is not None:
+        residual += delta
+    x = residual.float()
+    if kind == "layer":
+        x = x - x.mean(-1, keepdim=True)
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+    return (x if bias is None else x + bias.float()).to(residual.dtype)
+
+
+def rope_store(
+    qkv: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    batch: Batch,
+    angles: tuple[torch.Tensor, torch.Tensor] | None,
+    norms: tuple[torch.Tensor, torch.Tensor] | None,
+    eps: float,
+) -> torch.Tensor:
+    """Norm and turn q and k, write k and v to their slots.
+
+    Args:
+        qkv: ``[rows, (heads + 2 * kv_heads) * head_dim]``, queries, then keys, then values.
+        angles: cos and sin, float32 ``[positions, head_dim / 2]``, of the rotary embedding (Su et al. 2021,
+            in the half-split layout of GPT-NeoX); None leaves q and k unturned.
+        norms: RMS weights ``[head_dim]`` of q and k, applied per head before turning.
+
+    Returns:
+        q ``[rows, heads * head_dim]``.
+    """
+    _, kv_heads, size, block = keys.shape
+    heads = qkv.shape[1] // size - 2 * kv_heads
+    q, k, v = qkv.view(qkv.shape[0], -1, size).split([heads, kv_heads, kv_heads], dim=1)
+    if norms is not None:
+        q, k = (
+            (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps) * w.float())
+            for x, w in zip((q, k), norms, strict=True)
+        )
+    if angles is not None:
+        cos, sin = (a[batch.positions].unsqueeze(1) for a in angles)
+        q, k = (
+            torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
+            for x1, x2 in (x.float().chunk(2, -1) for x in (q, k))
+        )
+    at, offset = batch.slots // block, batch.slots % block
+    keys[at, :, :, offset] = k.to(keys.dtype)
+    values[at, :, offset, :size] = v
+    values[at, :, offset, size:] = 0
+    return q.reshape(qkv.shape[0], -1).to(qkv.dtype)
+
+
+def attention(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, window: int | None, scale: float
+) -> torch.Tensor:
+    """softmax(scale * q . k) . v of every query row over the positions up to its own.
+
+    ``window`` is how many most recent positions count, the row's own included. Returns the shape and dtype
+    of ``q``.
+    """
+    _, kv_heads, size, block = keys.shape
+    group = q.shape[1] // size // kv_heads
+    out = torch.empty_like(q)
+    for table, row, count, start in batch.tiles.tolist():
+        end = start + count
+        used = batch.tables[table, : (end + block - 1) // block]
+        k = keys[used].permute(1, 2, 0, 3).reshape(kv_heads, size, -1)[..., :end].float()
+        v = values[used].permute(1, 0, 2, 3).reshape(kv_heads, -1, values.shape[3])[:, :end, :size].float()
+        x = q[row : row + count].view(count, kv_heads, group, size).permute(1, 2, 0, 3).float() * scale
+        scores = x.reshape(kv_heads, group * count, size) @ k
+        key, query = torch.arange(end, device=q.device), torch.arange(start, end, device=q.device)[:, None]
+        hidden = key > query
+        if window is not None:
+            hidden |= key <= query - window
+        scores = scores.view(kv_heads, group, count, end).masked_fill(hidden, float("-inf")).softmax(-1)
+        mixed = scores.view(kv_heads, group * count, end) @ v
+        mixed = mixed.view(kv_heads, group, count, size).permute(2, 0, 1, 3)
+        out[row : row + count] = mixed.reshape(count, -1).to(q.dtype)
+    return out
+
+
+def activate(x: torch.Tensor, kind: str, gated: bool) -> torch.Tensor:
+    """act(gate) * up from ``[rows, 2 * size]`` (Shazeer 2020), or act(x) from ``[rows, size]``."""
+    act = _ACTIVATIONS[kind]
+    if not gated:
+        return act(x.float()).to(x.dtype)
+    gate, up = x.float().chunk(2, -1)
+    return (act(gate) * up).to(x.dtype)

@@ -1,0 +1,360 @@
+"""Sixteen float32 lanes as a Numba value, and a parallel loop on torch's own thread pool.
+
+The CPU kernels need register accumulators and a fixed order of operations, which a loop left to the
+auto-vectoriser does not promise. `f32x16` is an LLVM ``<16 x float>``: one register with AVX-512, two or
+four where registers are narrower, the same bits in every case, since each operation here is defined lane
+by lane and multiply-add is always fused.
+
+Kernels are compiled to plain C functions of one pointer (``numba.cfunc``) and are run by `run` on the
+OpenMP threads that torch already keeps: a second pool beside torch's would have its threads spin against
+them. Items are handed out by an atomic counter (`take`), so that long rows do not hold up short ones; an
+item never depends on which thread runs it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+
+__all__ = [
+    "LANES",
+    "array",
+    "load",
+    "run",
+    "store",
+    "take",
+    "vadd",
+    "vblend",
+    "vdiv",
+    "vexp",
+    "vfma",
+    "vload",
+    "vmax",
+    "vmul",
+    "vreduce_add",
+    "vreduce_max",
+    "vsplat",
+    "vstore",
+    "vsub",
+]
+
+LANES = 16
+_F32 = ir.FloatType()
+_I32 = ir.IntType(32)
+_VF = ir.VectorType(_F32, LANES)
+_VI = ir.VectorType(_I32, LANES)
+_VH = ir.VectorType(ir.IntType(16), LANES)
+
+
+class Float32x16(types.Type):
+    """Numba type of a value of sixteen float32 lanes."""
+
+    def __init__(self) -> None:
+        super().__init__(name="f32x16")
+
+
+f32x16 = Float32x16()
+
+
+@register_model(Float32x16)
+class _Float32x16Model(models.PrimitiveModel):
+    def __init__(self, dmm: Any, fe_type: Any) -> None:
+        super().__init__(dmm, fe_type, _VF)
+
+
+def _const(kind: ir.VectorType, value: float | int) -> ir.Constant:
+    return ir.Constant(kind, [value] * LANES)
+
+
+def _call(builder: Any, name: str, result: Any, *args: Any) -> Any:
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(result, [a.type for a in args]), name
+    )
+    return builder.call(function, args)
+
+
+def _element_pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.gep(data, [index])
+
+
+def _splat(builder: Any, scalar: Any) -> Any:
+    vector = builder.insert_element(ir.Constant(_VF, ir.Undefined), scalar, _I32(0))
+    return builder.shuffle_vector(vector, ir.Constant(_VF, ir.Undefined), _const(_VI, 0))
+
+
+@intrinsic
+def vsplat(typingctx, x):  # type: ignore[no-untyped-def]
+    """A float32 in every lane."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return _splat(builder, args[0])
+
+    return f32x16(types.float32), codegen
+
+
+def _round_to_bfloat16(builder: Any, value: Any) -> Any:
+    """The upper half of a float32 scalar or vector, rounded to nearest even; a NaN stays one."""
+    wide, narrow = (_VI, _VH) if value.type == _VF else (_I32, ir.IntType(16))
+
+    def const(number: int) -> ir.Constant:
+        return _const(wide, number) if wide == _VI else wide(number)
+
+    bits = builder.bitcast(value, wide)
+    odd = builder.and_(builder.lshr(bits, const(16)), const(1))
+    rounded = builder.add(builder.add(bits, const(0x7FFF)), odd)
+    rounded = builder.select(builder.fcmp_unordered("uno", value, value), const(0x7FC00000), rounded)
+    return builder.trunc(builder.lshr(rounded, const(16)), narrow)
+
+
+@intrinsic
+def load(typingctx, array, index):  # type: ignore[no-untyped-def]
+    """``array[index]`` as float32; uint16 elements are bfloat16 bits."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        value = builder.load(_element_pointer(context, builder, sig.args[0], args[0], args[1]))
+        if sig.args[0].dtype == types.float32:
+            return value
+        return builder.bitcast(builder.shl(builder.zext(value, _I32), _I32(16)), _F32)
+
+    return types.float32(array, types.intp), codegen
+
+
+@intrinsic
+def store(typingctx, array, index, value):  # type: ignore[no-untyped-def]
+    """``array[index] = value``; into uint16, rounded to bfloat16 (nearest even)."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        pointer = _element_pointer(context, builder, sig.args[0], args[0], args[1])
+        if sig.args[0].dtype == types.float32:
+            builder.store(args[2], pointer)
+        else:
+            builder.store(_round_to_bfloat16(builder, args[2]), pointer)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.float32), codegen
+
+
+@intrinsic
+def vload(typingctx, array, index):  # type: ignore[no-untyped-def]
+    """Lanes ``array[index : index + 16]`` of a flat contiguous array; uint16 elements are bfloat16 bits."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        pointer = _element_pointer(context, builder, sig.args[0], args[0], args[1])
+        if sig.args[0].dtype == types.float32:
+            return builder.load(builder.bitcast(pointer, _VF.as_pointer()), align=4)
+        bits = builder.load(builder.bitcast(pointer, _VH.as_pointer()), align=2)
+        return builder.bitcast(builder.shl(builder.zext(bits, _VI), _const(_VI, 16)), _VF)
+
+    return f32x16(array, types.intp), codegen
+
+
+@intrinsic
+def vstore(typingctx, array, index, value):  # type: ignore[no-untyped-def]
+    """``array[index : index + 16] = value``; into uint16, rounded to bfloat16 (nearest even)."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        pointer = _element_pointer(context, builder, sig.args[0], args[0], args[1])
+        if sig.args[0].dtype == types.float32:
+            builder.store(args[2], builder.bitcast(pointer, _VF.as_pointer()), align=4)
+        else:
+            half = _round_to_bfloat16(builder, args[2])
+            builder.store(half, builder.bitcast(pointer, _VH.as_pointer()), align=2)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, f32x16), codegen
+
+
+def _binary(operation: str, doc: str) -> Any:
+    @intrinsic
+    def op(typingctx, a, b):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+            return getattr(builder, operation)(*args)
+
+        return f32x16(f32x16, f32x16), codegen
+
+    op.__doc__ = doc
+    return op
+
+
+vadd = _binary("fadd", "a + b")
+vsub = _binary("fsub", "a - b")
+vmul = _binary("fmul", "a * b")
+vdiv = _binary("fdiv", "a / b")
+
+
+@intrinsic
+def vmax(typingctx, a, b):  # type: ignore[no-untyped-def]
+    """The larger of a and b in each lane."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return builder.select(builder.fcmp_ordered(">", *args), *args)
+
+    return f32x16(f32x16, f32x16), codegen
+
+
+@intrinsic
+def vfma(typingctx, a, b, c):  # type: ignore[no-untyped-def]
+    """a * b + c, rounded once."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return _call(builder, "llvm.fma.v16f32", _VF, *args)
+
+    return f32x16(f32x16, f32x16, f32x16), codegen
+
+
+@intrinsic
+def vblend(typingctx, a, b, first, last):  # type: ignore[no-untyped-def]
+    """Lanes ``first <= lane < last`` of a, the others of b."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        a_, b_, first_, last_ = args
+        lanes = ir.Constant(_VI, list(range(LANES)))
+
+        def spread(index: Any) -> Any:
+            # Clamped before it is narrowed: a block far off must not wrap round.
+            wide = index.type
+            low = builder.select(builder.icmp_signed("<", index, wide(0)), wide(0), index)
+            high = builder.select(builder.icmp_signed(">", low, wide(LANES)), wide(LANES), low)
+            scalar = builder.trunc(high, _I32)
+            vector = builder.insert_element(ir.Constant(_VI, ir.Undefined), scalar, _I32(0))
+            return builder.shuffle_vector(vector, ir.Constant(_VI, ir.Undefined), _const(_VI, 0))
+
+        inside = builder.and_(
+            builder.icmp_signed(">=", lanes, spread(first_)), builder.icmp_signed("<", lanes, spread(last_))
+        )
+        return builder.select(inside, a_, b_)
+
+    return f32x16(f32x16, f32x16, types.intp, types.intp), codegen
+
+
+def _fold(builder: Any, vector: Any, combine: Callable[[Any, Any], Any]) -> Any:
+    """Halves combined until one lane is left: a fixed tree, whatever the machine's registers."""
+    width = LANES
+    while width > 1:
+        width //= 2
+        half = ir.VectorType(_I32, width)
+        low = ir.Constant(half, list(range(width)))
+        high = ir.Constant(half, list(range(width, 2 * width)))
+        undefined = ir.Constant(vector.type, ir.Undefined)
+        vector = combine(
+            builder.shuffle_vector(vector, undefined, low), builder.shuffle_vector(vector, undefined, high)
+        )
+    return builder.extract_element(vector, _I32(0))
+
+
+@intrinsic
+def vreduce_add(typingctx, a):  # type: ignore[no-untyped-def]
+    """The sum of the lanes, as float32."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return _fold(builder, args[0], builder.fadd)
+
+    return types.float32(f32x16), codegen
+
+
+@intrinsic
+def vreduce_max(typingctx, a):  # type: ignore[no-untyped-def]
+    """The largest of the lanes, as float32."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return _fold(builder, args[0], lambda x, y: builder.select(builder.fcmp_ordered(">", x, y), x, y))
+
+    return types.float32(f32x16), codegen
+
+
+# exp(r) on |r| <= ln(2)/2 as 1 + r + r^2 * p(r), with the coefficients of expf in the Cephes library
+# (https://www.netlib.org/cephes); ln(2) in two parts so that r keeps its last bits.
+_EXP_COEFFICIENTS = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5)
+_LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
+
+
+@intrinsic
+def vexp(typingctx, a):  # type: ignore[no-untyped-def]
+    """exp(a); below -87 it is exp(-87) (about 1e-38), above 88 exp(88)."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        def const(value: float) -> ir.Constant:
+            return _const(_VF, value)
+
+        def fma(x: Any, y: Any, z: Any) -> Any:
+            return _call(builder, "llvm.fma.v16f32", _VF, x, y, z)
+
+        x = args[0]
+        x = builder.select(builder.fcmp_ordered(">", x, const(-87.0)), x, const(-87.0))
+        x = builder.select(builder.fcmp_ordered("<", x, const(88.0)), x, const(88.0))
+        n = _call(builder, "llvm.floor.v16f32", _VF, fma(x, const(1.44269504088896341), const(0.5)))
+        r = fma(n, const(-_LN2_HIGH), x)
+        r = fma(n, const(-_LN2_LOW), r)
+        p = const(_EXP_COEFFICIENTS[0])
+        for coefficient in _EXP_COEFFICIENTS[1:]:
+            p = fma(p, r, const(coefficient))
+        y = fma(p, builder.fmul(r, r), builder.fadd(r, const(1.0)))
+        power = builder.shl(builder.add(builder.fptosi(n, _VI), _const(_VI, 127)), _const(_VI, 23))
+        return builder.fmul(y, builder.bitcast(power, _VF))
+
+    return f32x16(f32x16), codegen
+
+
+@intrinsic
+def _pointer(typingctx, address):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), codegen
+
+
+@intrinsic
+def take(typingctx, arguments):  # type: ignore[no-untyped-def]
+    """The next item: the counter in arguments[0], raised by one."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        pointer = _element_pointer(context, builder, sig.args[0], args[0], ir.IntType(64)(0))
+        return builder.atomic_rmw("add", pointer, ir.IntType(64)(1), "monotonic")
+
+    return types.int64(arguments), codegen
+
+
+@numba.njit(inline="always")
+def array(address, size, dtype):  # type: ignore[no-untyped-def]
+    """A flat array of ``size`` elements over memory that the caller keeps alive."""
+    return numba.carray(_pointer(address), size, dtype)
+
+
+def _thread_pool() -> Any:
+    """``GOMP_parallel`` of the OpenMP runtime that torch has loaded, or None where it has another."""
+    beside_torch = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))
+    for name in (*map(str, beside_torch), "libgomp.so.1"):
+        try:
+            function = ctypes.CDLL(name).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        function.restype = None
+        return function
+    return None
+
+
+_GOMP_PARALLEL = _thread_pool()
+
+
+def run(compiled: Any, items: int, *arguments: int) -> None:
+    """Run a compiled kernel over ``items`` items on torch's threads (on this one where there is no pool)."""
+    if items == 0:
+        return
+    packed = np.array((0, items, *arguments), dtype=np.int64)
+    threads = min(torch.get_num_threads(), items)
+    if _GOMP_PARALLEL is None or threads == 1:
+        compiled.ctypes(packed.ctypes.data_as(ctypes.POINTER(ctypes.c_int64)))
+    else:
+        _GOMP_PARALLEL(compiled.address, packed.ctypes.data, threads, 0)

@@ -1,0 +1,114 @@
+"""Logits in, one token per row out.
+
+Order of the rules, as in transformers: penalties, end tokens held back until min_tokens, temperature, top_k,
+top_p, min_p. Each row's result depends on its own logits, rules and draws alone: rows are grouped by what
+they need, and a group's operations go row by row along the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from daskllm.engine.sequence import SequenceState
+from daskllm.types import SamplingParams, TokenLogprob
+
+__all__ = ["choose", "token_scores"]
+
+
+def choose(logits: torch.Tensor, sequences: Sequence[SequenceState]) -> list[int]:
+    """The next token of every sequence; its log-probability is noted on the sequence where asked for.
+
+    Args:
+        logits: float32 ``[rows, vocab]``, row i for ``sequences[i]``; may be overwritten.
+    """
+    wanted = [i for i, s in enumerate(sequences) if s.request.params.logprobs is not None]
+    raw = logits[wanted].log_softmax(-1) if wanted else None
+    for row, sequence in zip(logits, sequences, strict=True):
+        _adjust(row, sequence)
+    tokens = logits.argmax(-1)
+    drawn = [i for i, s in enumerate(sequences) if not s.request.params.greedy]
+    for filtered in (False, True):
+        group = [i for i in drawn if _filters(sequences[i].request.params) == filtered]
+        if group:
+            tokens[group] = _draw(logits[group], [sequences[i] for i in group], filtered).to(tokens.device)
+    chosen: list[int] = tokens.tolist()
+    if raw is not None:
+        for row, i in zip(raw, wanted, strict=True):
+            sequences[i].logprobs.append(_logprob(row, chosen[i], sequences[i].request.params.logprobs or 0))
+    return chosen
+
+
+def token_scores(logits: torch.Tensor, targets: Sequence[int]) -> list[float]:
+    """log p(target) of each row; logits float32 ``[rows, vocab]``, float64 sums."""
+    rows = logits.double()
+    picked = rows.gather(1, torch.tensor(targets, device=logits.device)[:, None])[:, 0]
+    scores: list[float] = (picked - rows.logsumexp(-1)).tolist()
+    return scores
+
+
+def _adjust(row: torch.Tensor, sequence: SequenceState) -> None:
+    """Penalties and held-back end tokens, in place."""
+    params, request = sequence.request.params, sequence.request
+    if params.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted(set(sequence.tokens)), device=row.device)
+        values = row[seen]
+        penalty = params.repetition_penalty
+        row[seen] = torch.where(values < 0, values * penalty, values / penalty)
+    if (params.presence_penalty or params.frequency_penalty) and sequence.counts:
+        ids = torch.tensor(list(sequence.counts), device=row.device)
+        counts = torch.tensor(list(sequence.counts.values()), dtype=torch.float32, device=row.device)
+        row[ids] -= params.presence_penalty + params.frequency_penalty * counts
+    if sequence.produced < params.min_tokens and request.stop_ids:
+        row[[i for i in request.stop_ids if i < row.shape[0]]] = float("-inf")
+
+
+def _filters(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+
+
+def _draw(logits: torch.Tensor, sequences: Sequence[SequenceState], filtered: bool) -> torch.Tensor:
+    """Inverse of the cumulative distribution at one uniform number per row."""
+    params = [s.request.params for s in sequences]
+
+    def column(values: Sequence[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
+
+    uniform = column([s.generator.random() for s in sequences if s.generator is not None])
+    weights = (logits.double() / column([p.temperature for p in params])).softmax(-1)
+    order = None
+    if filtered:
+        weights, order = weights.sort(-1, descending=True, stable=True)
+        weights = _filter(weights, params)
+    cumulative = weights.cumsum(-1)
+    # The first token whose cumulative weight exceeds the draw; a draw next to 1 must not land past the last
+    # token with any weight.
+    at = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    last = (weights > 0).to(torch.int64).cumsum(-1).argmax(-1, keepdim=True)
+    at = torch.minimum(at, last)
+    return (at if order is None else order.gather(1, at))[:, 0]
+
+
+def _filter(weights: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """Zero what top_k, top_p and min_p drop from probabilities sorted from the largest down."""
+    vocab = weights.shape[1]
+
+    def column(values: Sequence[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=weights.device)[:, None]
+
+    rank = torch.arange(vocab, device=weights.device)
+    weights = weights.masked_fill(rank >= column([p.top_k or vocab for p in params]), 0.0)
+    weights = weights / weights.sum(-1, keepdim=True)
+    before = weights.cumsum(-1) - weights
+    # A row that keeps everything must not lose its last tokens to rounding in the sum.
+    top_p = column([p.top_p if p.top_p < 1.0 else np.inf for p in params])
+    weights = weights.masked_fill(before >= top_p, 0.0)
+    least = column([p.min_p for p in params]) * weights[:, :1]
+    return weights.masked_fill(weights < least, 0.0)
+
+
+def _logprob(row: torch.Tensor, token: int, alternatives: int) -> TokenLogprob:
+    values, ids = row.topk(min(alternatives, row.shape[0]))
+    return TokenLogprob(token, float(row[token]), dict(zip(ids.tolist(), values.tolist(), strict=True)))

@@ -1,0 +1,121 @@
+"""What the engine is asked for and what it keeps about each sample while it runs.
+
+The engine deals in token ids. A stop string, a stream, a progress bar all reach it as one function on the
+request, called with each new token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from daskllm.types import FinishReason, SamplingParams, TokenLogprob
+
+__all__ = ["Request", "Sample", "SequenceState", "random_stream"]
+
+
+def random_stream(seed: int, *parts: Sequence[int]) -> np.random.Generator:
+    """A counter-based generator (Philox, Salmon et al. 2011) keyed by a seed and lists of integers.
+
+    The same key gives the same draws on every machine; keys that differ anywhere are independent.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(seed.to_bytes(32, "little", signed=True))
+    for part in parts:
+        digest.update(struct.pack(f"<q{len(part)}q", len(part), *part))
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest.digest(), "little")))
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One prompt.
+
+    Attributes:
+        prompt: its token ids, at least one.
+        params: how tokens are chosen; strings in it mean nothing here.
+        stop_ids: ids that end a sample (the model's own and the caller's).
+        stream_key: (seed, lists of integers) of the row's draws, the sample number not included.
+        on_token: called in the engine's thread as ``on_token(sample, output ids)`` after each new token;
+            True ends the sample with "stop".
+        score: no generation: the log-probability of every prompt token after the first.
+        caller: whose request this is; rows of several callers share steps.
+    """
+
+    prompt: Sequence[int]
+    params: SamplingParams
+    stop_ids: frozenset[int] = frozenset()
+    stream_key: tuple[int, tuple[Sequence[int], ...]] = (0, ())
+    on_token: Callable[[int, Sequence[int]], bool] | None = None
+    score: bool = False
+    caller: object = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What became of one sample of a request; ``error`` says why a "error" one ended."""
+
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    scores: tuple[float, ...] | None = None
+    error: str | None = None
+
+
+@dataclass(slots=True, eq=False)
+class SequenceState:
+    """One sample in the making.
+
+    Attributes:
+        request: what it answers.
+        sample: its number among the request's n.
+        tokens: prompt and output ids.
+        computed: how many of them have their keys and values in the cache.
+        blocks: its block table.
+        counts: how often each id stands in the output, for the penalties.
+    """
+
+    request: Request
+    sample: int
+    tokens: list[int]
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    counts: Counter[int] = field(default_factory=Counter)
+    generator: np.random.Generator | None = None
+
+    @classmethod
+    def of(cls, request: Request, sample: int) -> SequenceState:
+        """Sample number ``sample`` of a request, not begun."""
+        state = cls(request, sample, list(request.prompt))
+        if not request.params.greedy:
+            seed, parts = request.stream_key
+            state.generator = random_stream(seed, *parts, (sample,))
+        return state
+
+    @property
+    def output(self) -> list[int]:
+        """The ids generated so far."""
+        return self.tokens[len(self.request.prompt) :]
+
+    @property
+    def produced(self) -> int:
+        """How many tokens were generated so far."""
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that still have to run before the next one can be chosen."""
+        return len(self.tokens) - self.computed
+
+    def finished(self, reason: FinishReason, error: str | None = None) -> Sample:
+        """The sample as its caller gets it."""
+        request = self.request
+        logprobs = tuple(self.logprobs) if request.params.logprobs is not None else None
+        scores = tuple(self.scores) if request.score else None
+        return Sample(tuple(self.output), reason, logprobs, scores, error)

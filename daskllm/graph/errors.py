@@ -1,0 +1,81 @@
+"""When no plan is possible: the error, and finding out which layer does not fit where and what would help."""
+
+from __future__ import annotations
+
+import math
+
+from daskllm.graph.cost import CostModel
+from daskllm.graph.draw import size
+from daskllm.types import DaskLLMError
+
+__all__ = ["PlanError", "explain_impossible"]
+
+
+class PlanError(DaskLLMError):
+    """No plan fits, or a plan written by hand does not; the message says what does not fit where."""
+
+
+def explain_impossible(costs: CostModel, method: str, stages: int | None = None) -> PlanError:
+    """The error for a search that found nothing, most telling reason first."""
+    cluster, nodes = costs.cluster, costs.nodes
+    largest = max(cluster.devices, key=lambda d: d.memory)
+    lonely = [i for i in range(len(nodes)) if not any(costs.allowed(i, d) for d in range(len(cluster.devices)))]
+    if lonely:
+        wanted = ", ".join(f"{k}={v:g}" for k, v in nodes[lonely[0]].resources.items())
+        return PlanError(
+            f"layer {nodes[lonely[0]].name!r} needs a device that offers {wanted}; none of "
+            f"{', '.join(d.name for d in cluster.devices)} does. Give one of them that resource."
+        )
+    for i, node in enumerate(nodes):
+        if not any(costs.fits(1 << i, d) for d in range(len(cluster.devices))):
+            return PlanError(_too_large(costs, i, largest.name) + f" {_help(costs, node.inside is not None)}")
+    use = costs.memory(costs.all)
+    room = sum(d.memory for d in cluster.devices)
+    if use.total > room:
+        short = use.total - room
+        more = math.ceil(short / largest.memory)
+        where = _first_left_out(costs)
+        return PlanError(
+            f"the {len(nodes)} layers need {size(use.total)} (weights {size(use.weights)}, KV {size(use.kv)} for "
+            f"{costs.workload.rows:g} rows of {costs.workload.context} tokens, activations {size(use.activations)}) "
+            f"and the {len(cluster.devices)} devices have {size(room)}: {size(short)} short.{where} "
+            f"What would help: {more} more like {largest.name!r}, {_help(costs, False, prefix=False)}"
+        )
+    many = f" in exactly {stages} stages" if stages is not None else ""
+    return PlanError(
+        f"the {method} splitter found no way to put {len(nodes)} layers{many} on "
+        f"{', '.join(f'{d.name} ({size(d.memory)})' for d in cluster.devices)}, although {size(use.total)} would fit "
+        f"{size(room)} in sum.{_first_left_out(costs)} What would help: "
+        + ('splitter="exact", ' if method != "exact" else "")
+        + _help(costs, False, prefix=False)
+    )
+
+
+def _too_large(costs: CostModel, node: int, device: str) -> str:
+    use = costs.memory(1 << node)
+    memory = next(d.memory for d in costs.cluster.devices if d.name == device)
+    return (
+        f"layer {costs.nodes[node].name!r} needs {size(use.total)} (weights {size(use.weights)}, KV {size(use.kv)}, "
+        f"activations {size(use.activations)}) and fits no device that may run it; the largest, {device!r}, has "
+        f"{size(memory)}."
+    )
+
+
+def _first_left_out(costs: CostModel) -> str:
+    """Where packing in order, device after device, runs out of room."""
+    device, start, devices = 0, 0, costs.cluster.devices
+    for i in range(len(costs.nodes)):
+        while device < len(devices) and not costs.fits(((1 << i + 1) - 1) & ~((1 << start) - 1), device):
+            device, start = device + 1, i
+        if device == len(devices):
+            return f" Packed in order, layer {costs.nodes[i].name!r} is the first without room, on {devices[-1].name!r}."
+    return ""
+
+
+def _help(costs: CostModel, opens: bool, *, prefix: bool = True) -> str:
+    use = costs.memory(costs.all)
+    ways = ['splitter="recursive", which opens it into smaller parts'] if opens else []
+    ways += ["a device with more memory", "a smaller dtype or quantised weights"]
+    if use.kv:
+        ways.append(f"fewer rows than {costs.workload.rows:g} or a shorter context than {costs.workload.context}")
+    return ("What would help: " if prefix else "") + ", ".join(ways[:-1]) + f" or {ways[-1]}."

@@ -1,0 +1,119 @@
+"""What this process may use of the machine: cores and memory.
+
+It reads the affinity mask, the control group (https://docs.kernel.org/admin-guide/cgroup-v2.html, and version
+1's files where those are mounted) and the size of the machine, whichever allows least. It refuses to know who
+the other processes are: whoever starts several on one machine says how many by `set_share`, and how much
+memory each may hold.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+__all__ = ["available_memory", "cores", "set_share", "total_memory"]
+
+_CGROUP = Path("/sys/fs/cgroup")
+# Version 1 writes "no limit" as the largest page-aligned int64.
+_NO_LIMIT = 1 << 60
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    processes: int = 1
+    memory_limit: int | None = None
+
+
+_share = _Share()
+
+
+def set_share(processes: int, memory_limit: int | None = None) -> None:
+    """Say how many equal processes share this machine, this one included.
+
+    Args:
+        processes: at least 1; `cores` and `available_memory` are divided by it.
+        memory_limit: bytes that this process may hold, where something enforces that (a Dask nanny does).
+
+    Example:
+        >>> everything = cores()
+        >>> set_share(10**6)
+        >>> cores()
+        1
+        >>> set_share(1)
+        >>> cores() == everything
+        True
+    """
+    if processes < 1:
+        raise ValueError(f"processes must be at least 1, not {processes!r}")
+    global _share
+    _share = _Share(processes, memory_limit)
+
+
+def cores() -> int:
+    """Cores for this process: those it may run on, divided among the processes that share them; at least 1."""
+    if hasattr(os, "sched_getaffinity"):
+        allowed = len(os.sched_getaffinity(0))
+    else:
+        allowed = os.cpu_count() or 1
+    quota = _cpu_quota()
+    if quota is not None:
+        allowed = min(allowed, math.ceil(quota))
+    return max(1, allowed // _share.processes)
+
+
+def total_memory() -> int:
+    """Bytes of memory that this process could ever hold: the machine's, its control group's or its own limit."""
+    limits = [psutil.virtual_memory().total, _cgroup_limit(), _share.memory_limit]
+    return min(limit for limit in limits if limit is not None)
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: its share of what is free, within its own limit; at least 0."""
+    free = psutil.virtual_memory().available
+    limit, used = _cgroup_limit(), _cgroup_used()
+    if limit is not None and used is not None:
+        free = min(free, limit - used)
+    free //= _share.processes
+    if _share.memory_limit is not None:
+        free = min(free, _share.memory_limit - psutil.Process().memory_info().rss)
+    return max(0, free)
+
+
+def _read(name: str) -> str | None:
+    try:
+        return (_CGROUP / name).read_text().strip()
+    except OSError:
+        return None
+
+
+def _cpu_quota() -> float | None:
+    """Cores that the control group grants, or None where it sets no limit."""
+    modern = _read("cpu.max")
+    if modern is not None:
+        quota, period = modern.split()
+        return None if quota == "max" else int(quota) / int(period)
+    old, old_period = _read("cpu/cpu.cfs_quota_us"), _read("cpu/cpu.cfs_period_us")
+    if old is None or old_period is None or int(old) <= 0:
+        return None
+    return int(old) / int(old_period)
+
+
+def _cgroup_limit() -> int | None:
+    text = _read("memory.max") or _read("memory/memory.limit_in_bytes")
+    if text is None or text == "max" or int(text) >= _NO_LIMIT:
+        return None
+    return int(text)
+
+
+def _cgroup_used() -> int | None:
+    text = _read("memory.current") or _read("memory/memory.usage_in_bytes")
+    if text is None:
+        return None
+    # Pages that only cache files count as used there, but are given up as soon as memory is asked for.
+    stat = _read("memory.stat") or _read("memory/memory.stat") or ""
+    fields = dict(line.split() for line in stat.splitlines() if len(line.split()) == 2)
+    return int(text) - int(fields.get("inactive_file", fields.get("total_inactive_file", 0)))

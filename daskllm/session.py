@@ -1,0 +1,520 @@
+"""Text in, completions out, in one process: a model that is open here.
+
+It tokenises prompts, feeds the engine, watches for stop strings, turns what comes back into text, and keeps
+a row's error to that row. It knows no Dask and no table.
+"""
+
+from __future__ import annotations
+
+import atexit
+import queue
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from daskllm import machine
+from daskllm.blocks import array
+from daskllm.blocks.load import load_layers
+from daskllm.blocks.store import STORE, BlockKey
+from daskllm.checkpoint import Checkpoint, open_checkpoint
+from daskllm.engine import kernels
+from daskllm.engine.batcher import Batcher
+from daskllm.engine.engine import Engine, Ticket
+from daskllm.engine.kvcache import BlockPool, KVCache, blocks_for, bytes_per_block
+from daskllm.engine.runner import Runner
+from daskllm.engine.sequence import Request, Sample
+from daskllm.models import DecoderConfig, describe, layer_names
+from daskllm.text.stream import Detokenizer
+from daskllm.text.tokenizer import Tokenizer
+from daskllm.types import Completion, ModelError, Prompt, RowError, SamplingParams
+
+__all__ = ["ModelSpec", "Progress", "Score", "Session"]
+
+_MAX_SEQUENCES = 64
+_MAX_STEP_TOKENS = 512
+_KV_SHARE = 0.4
+"""Part of the free memory that the KV cache may grow to when nobody says."""
+_POLL_SECONDS = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """Which model, and how it is to be opened: the small handle that travels instead of weights.
+
+    Attributes:
+        path: a directory or a Hub id, as every process that opens it can reach it.
+        revision: of a Hub id.
+        dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
+        device: "auto" (a GPU where there is one), "cpu" or "cuda".
+        kv_memory: bytes of KV cache per process; None takes a share of the memory that is free.
+        identity: the checkpoint's, so that a changed directory is another model.
+    """
+
+    path: str
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    kv_memory: int | None = None
+    identity: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What was done since the last report."""
+
+    rows: int
+    prompt_tokens: int
+    output_tokens: int
+    errors: int
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How likely the model finds a text.
+
+    Attributes:
+        logprob: natural log-probability of all tokens after the first, given those before; NaN on error.
+        token_logprobs: the same token by token, one fewer than ``tokens``.
+        tokens: tokens of the text, special ones that the tokenizer adds included.
+        error: why the row failed, else None.
+    """
+
+    logprob: float
+    token_logprobs: tuple[float, ...]
+    tokens: int
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class _Row:
+    """A prompt on its way: its ids or its error, and the ticket of what was asked of the engine."""
+
+    ids: Sequence[int] = ()
+    error: str | None = None
+    params: SamplingParams = field(default_factory=SamplingParams)
+    ticket: Ticket | None = None
+    watchers: list[_TextWatcher] = field(default_factory=list)
+
+
+class Session:
+    """An open model. `Session.open` makes one; one per process and specification is enough, since all its
+    callers share the engine's batch."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        config: DecoderConfig,
+        tokenizer: Tokenizer,
+        engine: Engine,
+        eos_token_ids: Sequence[int],
+    ) -> None:
+        self.spec, self.config, self.tokenizer, self.engine = spec, config, tokenizer, engine
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.context = engine.context
+        # The engine's thread must have left torch before the interpreter takes it down.
+        self._at_exit = weakref.WeakMethod(self.close)
+        atexit.register(_close_at_exit, self._at_exit)
+
+    @classmethod
+    def open(cls, spec: ModelSpec) -> Session:
+        """Open a model in this process.
+
+        Raises:
+            ModelError: the directory cannot be loaded; nothing of it stays in memory.
+            ValueError: the device or the memory asked for is not there.
+        """
+        checkpoint = open_checkpoint(spec.path, spec.revision)
+        config = describe(checkpoint.config)
+        tokenizer = Tokenizer.from_directory(Path(checkpoint.path))
+        device = _device(spec.device)
+        dtype = _compute_dtype(spec.dtype, config, device)
+        threads = machine.cores()
+        torch.set_num_threads(threads)
+        blocks = _kv_blocks(spec.kv_memory, config, dtype, device)
+        layers = layer_names(config)
+        model = f"{spec.identity or checkpoint.identity}/{dtype}/{device}"
+        load_layers(checkpoint, config, layers, model=model, device=device, dtype=dtype)
+        try:
+            cache = KVCache(
+                blocks, config.num_layers, config.num_kv_heads, config.head_dim, array.DTYPES[dtype], device
+            )
+            chosen = kernels.select(device, array.DTYPES[dtype])
+            runner = Runner(config, layers, _weights(model, dtype), cache, chosen, device)
+        except BaseException:
+            STORE.drop(model)
+            raise
+        checkpoint.close()
+        batcher = Batcher(BlockPool(blocks), _MAX_SEQUENCES, _MAX_STEP_TOKENS)
+        engine = Engine(runner, batcher, config.max_positions, threads)
+        session = cls(spec, config, tokenizer, engine, _eos_ids(checkpoint, config))
+        session._model = model
+        return session
+
+    _model: str = ""
+
+    def close(self) -> None:
+        """Stop the engine and let the weights go; rows that are still waiting fail."""
+        atexit.unregister(_close_at_exit)
+        self.engine.close()
+        STORE.drop(self._model)
+
+    # --- generation ---------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams],
+        *,
+        job_seed: int = 0,
+        places: Sequence[tuple[int, ...]] | None = None,
+        progress: Callable[[Progress], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> list[list[Completion]]:
+        """Answer prompts; the i-th list holds the ``n`` completions of the i-th prompt.
+
+        Args:
+            prompts: text (taken as it is), token ids, chat messages, or a `RowError` that is passed on.
+            params: for all, or one for each.
+            job_seed, places: where ``params.seed`` is None, a row draws from (job seed, its place); a place
+                is its position in ``prompts`` unless given.
+            progress: called from this thread with what was done since its last call, a few times a second.
+            cancelled: asked a few times a second; True stops decoding and raises ``InterruptedError``.
+
+        A row that cannot be answered has finish_reason "error" and does not change its neighbours.
+        """
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        rows = self._rows(prompts, each)
+        caller = object()
+        pending = [row for row in rows if row.error is None]
+        requests = []
+        for number, row in enumerate(rows):
+            if row.error is None:
+                place = (number,) if places is None else places[number]
+                requests.append(self._request(row, job_seed, place, caller))
+        for row, ticket in zip(pending, self.engine.submit(requests), strict=True):
+            row.ticket = ticket
+        self._await(rows, progress, cancelled)
+        return [self._completions(row) for row in rows]
+
+    def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[str]:
+        """The text of one answer in pieces, as it comes; their join is the completion's text.
+
+        Leaving the iterator early stops the decoding.
+
+        Raises:
+            RowError: the prompt cannot be answered.
+        """
+        if params.n != 1:
+            raise ValueError(f"stream gives one answer: n must be 1, not {params.n}")
+        row = self._rows([prompt], [params])[0]
+        if row.error is not None:
+            raise RowError(row.error)
+        pieces: queue.SimpleQueue[str] = queue.SimpleQueue()
+        request = self._request(row, 0, (), object(), pieces.put)
+        [ticket] = self.engine.submit([request])
+        try:
+            while not ticket.done or not pieces.empty():
+                try:
+                    yield pieces.get(timeout=_POLL_SECONDS if not ticket.done else 0)
+                except queue.Empty:
+                    continue
+            self.engine.wait([ticket])
+            if row.watchers and (rest := row.watchers[0].rest()):
+                yield rest
+            sample = ticket.samples[0]
+            if sample is not None and sample.error is not None:
+                raise RowError(sample.error)
+        finally:
+            self.engine.abort([ticket])
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        progress: Callable[[Progress], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> list[Score]:
+        """The log-probability that the model gives to each text; arguments as for `generate`."""
+        rows = self._rows(prompts, [SamplingParams(max_tokens=1)] * len(prompts), room=0)
+        pending = [row for row in rows if row.error is None]
+        caller = object()
+        requests = [Request(row.ids, row.params, score=True, caller=caller) for row in pending]
+        for row, ticket in zip(pending, self.engine.submit(requests), strict=True):
+            row.ticket = ticket
+        self._await(rows, progress, cancelled)
+        return [_score(row) for row in rows]
+
+    # --- rows ---------------------------------------------------------------------------------------
+
+    def _rows(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], room: int = 1
+    ) -> list[_Row]:
+        """Prompts as ids; ``room`` is how many positions must stay free for an answer."""
+        texts = [i for i, prompt in enumerate(prompts) if isinstance(prompt, str)]
+        encoded = dict(zip(texts, self.tokenizer.encode_batch([prompts[i] for i in texts]), strict=True))  # type: ignore[misc]
+        rows = []
+        for i, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
+            try:
+                ids = self._ids(prompt, encoded.get(i))
+                rows.append(_Row(self._fit(ids, one, room), params=one))
+            except RowError as error:
+                rows.append(_Row(error=str(error), params=one))
+        return rows
+
+    def _ids(self, prompt: Prompt, encoded: list[int] | RowError | None) -> Sequence[int]:
+        if isinstance(prompt, RowError):
+            raise prompt
+        if isinstance(encoded, RowError):
+            raise encoded
+        if len(prompt) == 0:
+            raise RowError("prompt is empty")
+        if encoded is not None:
+            return self._checked(encoded)
+        if isinstance(prompt[0], (int, np.integer)):
+            return self._checked([_id(value) for value in prompt])
+        return self._checked(self.tokenizer.encode_chat(prompt))
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        if not ids:
+            raise RowError("prompt is empty")
+        vocab = self.config.vocab_size
+        for value in ids:
+            if not 0 <= value < vocab:
+                raise RowError(f"token id {value} is outside the model's vocabulary of {vocab}")
+        return ids
+
+    def _fit(self, ids: Sequence[int], params: SamplingParams, room: int) -> Sequence[int]:
+        limit = self.context - room
+        if len(ids) <= limit:
+            return ids
+        if params.truncate is None:
+            raise RowError(
+                f"prompt has {len(ids)} tokens, the model's context is {self.context} and an answer needs at "
+                'least one; shorten it or pass truncate="left"'
+            )
+        # The newest tokens that leave room for a whole answer, but never less than half the context.
+        kept = min(limit, max(self.context - params.max_tokens, self.context // 2))
+        return ids[len(ids) - kept :]
+
+    def _request(
+        self,
+        row: _Row,
+        job_seed: int,
+        place: tuple[int, ...],
+        caller: object,
+        emit: Callable[[str], None] | None = None,
+    ) -> Request:
+        params = row.params
+        stop_ids = frozenset(params.stop_token_ids or ())  # type: ignore[arg-type]
+        if not params.ignore_eos:
+            stop_ids |= frozenset(self.eos_token_ids)
+        on_token = None
+        if params.stop or emit is not None:
+            row.watchers = [
+                _TextWatcher(self.tokenizer, tuple(params.stop or ()), params.min_tokens, stop_ids, emit)
+                for _ in range(params.n)
+            ]
+
+            def on_token(sample: int, output: Sequence[int]) -> bool:
+                return row.watchers[sample].push(output)
+
+        key = (params.seed, (row.ids,)) if params.seed is not None else (job_seed, (place,))
+        return Request(row.ids, params, stop_ids, key, on_token, caller=caller)
+
+    def _await(
+        self,
+        rows: Sequence[_Row],
+        progress: Callable[[Progress], None] | None,
+        cancelled: Callable[[], bool] | None,
+    ) -> None:
+        tickets = [row.ticket for row in rows if row.ticket is not None]
+        reporter = _Reporter(rows, progress)
+        watched = progress is not None or cancelled is not None
+        try:
+            while len(self.engine.wait(tickets, _POLL_SECONDS if watched else None)) < len(tickets):
+                reporter.report()
+                if cancelled is not None and cancelled():
+                    raise InterruptedError("the rows were cancelled")
+            reporter.report()
+        finally:  # an interrupt or a cancelled task must not leave its rows decoding
+            self.engine.abort(tickets)
+
+    def _completions(self, row: _Row) -> list[Completion]:
+        n = row.params.n
+        if row.error is not None or row.ticket is None:
+            return [Completion.failed(row.error or "the row was not run", len(row.ids))] * n
+        return [
+            self._completion(row, number, sample)
+            for number, sample in enumerate(row.ticket.samples)
+            if sample is not None
+        ]
+
+    def _completion(self, row: _Row, number: int, sample: Sample) -> Completion:
+        if sample.error is not None:
+            return Completion.failed(sample.error, len(row.ids))
+        request = row.ticket.request if row.ticket is not None else None
+        ids: Sequence[int] = sample.token_ids
+        if request is not None and sample.finish_reason == "stop" and ids and ids[-1] in request.stop_ids:
+            ids = ids[:-1]
+        watcher = row.watchers[number] if row.watchers else None
+        text = watcher.cut if watcher is not None and watcher.cut is not None else self.tokenizer.decode(ids)
+        return Completion(
+            text,
+            sample.token_ids,
+            sample.finish_reason,
+            len(row.ids),
+            len(sample.token_ids),
+            sample.logprobs,
+        )
+
+
+class _TextWatcher:
+    """The text of a sample as it grows: finds stop strings, and lets out what cannot be part of one.
+
+    Attributes:
+        cut: the text before the stop string, once one has ended the sample.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: tuple[str, ...],
+        min_tokens: int,
+        stop_ids: frozenset[int],
+        emit: Callable[[str], None] | None,
+    ) -> None:
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stop, self._min_tokens, self._stop_ids, self._emit = stop, min_tokens, stop_ids, emit
+        self._longest = max(map(len, stop), default=1)
+        self._text = ""
+        self._let_out = 0
+        self.cut: str | None = None
+
+    def push(self, output: Sequence[int]) -> bool:
+        """Take the newest token; whether a stop string is complete."""
+        if output[-1] in self._stop_ids and len(output) >= self._min_tokens:
+            return False
+        known = len(self._text)
+        self._text += self._detokenizer.push(output[-1])
+        if len(output) >= self._min_tokens:
+            # Before min_tokens a stop string does not count, nor does it when it only began there and ended.
+            since = max(0, known - self._longest + 1)
+            found = [at for s in self._stop if (at := self._text.find(s, since)) >= 0]
+            if found:
+                self.cut = self._text[: min(found)]
+                self._release(len(self.cut))
+                return True
+        self._release(len(self._text) - self._longest + 1)
+        return False
+
+    def _release(self, upto: int) -> None:
+        if self._emit is not None and upto > self._let_out:
+            self._emit(self._text[self._let_out : upto])
+            self._let_out = upto
+
+    def rest(self) -> str:
+        """What was held back when the sample ended without a stop string."""
+        return "" if self.cut is not None else self._text[self._let_out :]
+
+
+class _Reporter:
+    """Counts rows as they come to an end and reports the difference."""
+
+    def __init__(self, rows: Sequence[_Row], progress: Callable[[Progress], None] | None) -> None:
+        self._open, self._progress = list(rows), progress
+
+    def report(self) -> None:
+        if self._progress is None:
+            return
+        done = [row for row in self._open if row.ticket is None or row.ticket.done]
+        if not done:
+            return
+        self._open = [row for row in self._open if row.ticket is not None and not row.ticket.done]
+        samples = [s for row in done if row.ticket is not None for s in row.ticket.samples if s is not None]
+        self._progress(
+            Progress(
+                rows=len(done),
+                prompt_tokens=sum(len(row.ids) for row in done),
+                output_tokens=sum(len(s.token_ids) for s in samples),
+                errors=sum(row.error is not None for row in done) + sum(s.error is not None for s in samples),
+            )
+        )
+
+
+def _score(row: _Row) -> Score:
+    sample = None if row.ticket is None else row.ticket.samples[0]
+    error = row.error if sample is None else sample.error
+    if error is not None or sample is None or sample.scores is None:
+        return Score(float("nan"), (), len(row.ids), error)
+    return Score(float(np.sum(sample.scores)), sample.scores, len(row.ids))
+
+
+def _id(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise RowError(f"a prompt of token ids holds {value!r}, which is not an integer")
+    return int(value)
+
+
+def _device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError('device="cuda" but torch sees no GPU; use device="cpu" or "auto"')
+    return device
+
+
+def _compute_dtype(dtype: str, config: DecoderConfig, device: str) -> str:
+    """The type that weights are kept and multiplied in.
+
+    A CPU has no float16 arithmetic of its own and some have no bfloat16's either: there the weights are
+    widened to float32, which changes no weight.
+    """
+    wanted = config.dtype if dtype == "auto" else dtype
+    if device == "cpu":
+        native = {"float32": True, "bfloat16": torch.ops.mkldnn._is_mkldnn_bf16_supported(), "float16": False}
+        return wanted if native[wanted] else "float32"
+    return wanted
+
+
+def _kv_blocks(kv_memory: int | None, config: DecoderConfig, dtype: str, device: str) -> int:
+    itemsize = array.DTYPES[dtype].itemsize
+    size = bytes_per_block(config.num_layers, config.num_kv_heads, config.head_dim, itemsize)
+    enough = _MAX_SEQUENCES * blocks_for(config.max_positions)
+    if kv_memory is not None:
+        if kv_memory < size:
+            raise ValueError(f"kv_memory={kv_memory} is less than one KV block of this model ({size} bytes)")
+        return min(kv_memory // size, enough)
+    free = machine.available_memory() if device == "cpu" else torch.cuda.mem_get_info()[0]
+    blocks = min(int(free * _KV_SHARE) // size, enough)
+    if blocks < 1:
+        raise ModelError(f"no memory for a KV cache: {free} bytes are free, one block takes {size}")
+    return blocks
+
+
+def _eos_ids(checkpoint: Checkpoint, config: DecoderConfig) -> tuple[int, ...]:
+    """generation_config.json's, else config.json's."""
+    found = checkpoint.generation_config.get("eos_token_id")
+    if found is None:
+        return config.eos_token_ids
+    return tuple(found) if isinstance(found, list) else (int(found),)
+
+
+def _weights(model: str, dtype: str) -> Callable[[str, str], torch.Tensor | None]:
+    held = set(STORE.keys(model))
+
+    def read(layer: str, name: str) -> torch.Tensor | None:
+        key = BlockKey(model, 0, layer, name)
+        return array.to_torch(STORE.get(key), dtype) if key in held else None
+
+    return read
+
+
+def _close_at_exit(method: weakref.WeakMethod[Callable[[], None]]) -> None:
+    close = method()
+    if close is not None:
+        close()

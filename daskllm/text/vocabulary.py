@@ -1,0 +1,163 @@
+"""A tokenizer in which text cannot spell a control token.
+
+Owns: the line between words and control tokens. An added token is a *control token* (``<|im_end|>``, ``</s>``,
+``<think>``) unless it is one of the model's own words, see :func:`_is_word`. The tokenizer built here has every
+control token under a stand-in name that holds a random number, in the list of added tokens and in the model's
+vocabulary alike, ids unchanged. So a string from a user gives plain pieces whatever it spells, with any model type,
+and only a caller who puts the stand-in into a text gets the control token's id.
+
+Knows nothing of chats and templates.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Iterable
+from dataclasses import asdict
+from functools import cached_property
+from typing import Any
+
+import tokenizers
+
+from daskllm.text.directory import AddedToken, TokenizerFiles
+from daskllm.types import ModelError
+
+__all__ = ["Vocabulary"]
+
+
+class Vocabulary:
+    """The tokenizer of a directory, in two forms, and its control tokens.
+
+    Attributes:
+        data: the tokenizer for text; control tokens are matched by their stand-ins alone.
+        control: content → id of every control token.
+        stand_ins: content → stand-in of every control token.
+        special_ids: ids that are left out of decoded text.
+        size: entries with those of the added tokens.
+        pattern: matches a control token as the tokenizers library would: leftmost, then longest.
+    """
+
+    def __init__(self, files: TokenizerFiles) -> None:
+        self._files = files
+        model = files.pipeline["model"]
+        words = _words(model)
+        made = _made_by_merges(model)
+        control = [token for token in files.added if not _is_word(token, model, words, made)]
+        nonce = secrets.token_hex(12)
+        # Lower-case letters and digits: normalizers leave them alone. A fixed length: none begins another.
+        self.stand_ins = {token.content: f"q{nonce}{index:06d}q" for index, token in enumerate(control)}
+        self.data = self._build(self.stand_ins)
+        ids = {token.content: id_ for id_, token in self.data.get_added_tokens_decoder().items()}
+        self.control = {token.content: ids[self.stand_ins[token.content]] for token in control}
+        special = [token.content for token in files.added if token.special]
+        self.special_ids = frozenset(ids[self.stand_ins.get(content, content)] for content in special)
+        self.size: int = self.data.get_vocab_size(with_added_tokens=True)
+        self.pattern = re.compile(_alternatives(control))
+        self.normalizes = any(token.normalized for token in control) and self.data.normalizer is not None
+
+    @cached_property
+    def whole(self) -> tokenizers.Tokenizer:
+        """The tokenizer as the directory has it, which parses control tokens: for text in which none is a user's."""
+        return self._build({})
+
+    def _build(self, stand_ins: dict[str, str]) -> tokenizers.Tokenizer:
+        pipeline = dict(self._files.pipeline)
+        model = pipeline["model"]
+        pipeline["model"] = _renamed_model(model, stand_ins)
+        taken = _ids(model)
+        free = len(taken)
+        entries = []
+        for token in self._files.added:
+            entry = asdict(token)
+            if token.id is None:
+                entry["id"] = taken.get(token.content, free)
+            free = max(free, entry["id"] + 1)
+            if token.content in stand_ins:
+                entry |= {"content": stand_ins[token.content], "normalized": False, "single_word": False}
+            entries.append(entry)
+        pipeline["added_tokens"] = entries
+        try:
+            return tokenizers.Tokenizer.from_str(json.dumps(pipeline))
+        except Exception as error:  # the library raises bare Exception
+            raise ModelError(f"{self._files.path / 'tokenizer.json'}: {error}") from error
+
+    def id_of(self, content: str) -> int | None:
+        """The id of a control token or of an entry of the vocabulary."""
+        if (id_ := self.control.get(content)) is not None:
+            return id_
+        found: int | None = self.data.token_to_id(content)
+        return found
+
+    @cached_property
+    def contents(self) -> dict[int, str]:
+        """id → content of every control token."""
+        return {id_: content for content, id_ in self.control.items()}
+
+
+def _ids(model: dict[str, Any]) -> dict[str, int]:
+    vocab = model.get("vocab")
+    if isinstance(vocab, list):
+        return {piece: index for index, (piece, _) in enumerate(vocab)}
+    return vocab if isinstance(vocab, dict) else {}
+
+
+def _words(model: dict[str, Any]) -> frozenset[str]:
+    """Entries of a BPE model that are one character: what all other words are made of."""
+    if "merges" not in model:
+        return frozenset()
+    return frozenset(piece for piece in model["vocab"] if len(piece) == 1)
+
+
+def _pairs(model: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    for merge in model.get("merges") or ():
+        left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+        yield left, right
+
+
+def _made_by_merges(model: dict[str, Any]) -> frozenset[str]:
+    skip = len(model.get("continuing_subword_prefix") or "")
+    return frozenset(left + right[skip:] for left, right in _pairs(model))
+
+
+def _is_word(token: AddedToken, model: dict[str, Any], letters: frozenset[str], made: frozenset[str]) -> bool:
+    """Whether plain text would give this token anyway, so that it steers nothing.
+
+    Runs of spaces and newlines are added to some vocabularies as a form of compression; an added word that merges
+    build is in the vocabulary already; and a letter cannot be written in any other way.
+    """
+    if token.content in letters:
+        return True
+    return not token.special and (token.content.isspace() or token.content in made)
+
+
+def _renamed_model(model: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """The model with the entries in ``names`` renamed, ids kept, and the merges that build on them left out."""
+    if not names:
+        return model
+    renamed = dict(model)
+    vocab = model.get("vocab")
+    if isinstance(vocab, list):
+        renamed["vocab"] = [[names.get(piece, piece), score] for piece, score in vocab]
+    elif isinstance(vocab, dict):
+        renamed["vocab"] = {names.get(piece, piece): id_ for piece, id_ in vocab.items()}
+    if isinstance(model.get("unk_token"), str):
+        renamed["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    if model.get("merges"):
+        skip = len(model.get("continuing_subword_prefix") or "")
+        renamed["merges"] = [
+            [left, right]
+            for left, right in _pairs(model)
+            if left not in names and right not in names and left + right[skip:] not in names
+        ]
+    return renamed
+
+
+def _alternatives(tokens: Iterable[AddedToken]) -> str:
+    longest_first = sorted(tokens, key=lambda token: len(token.content), reverse=True)
+    forms = [
+        rf"(?<!\w){re.escape(token.content)}(?!\w)" if token.single_word else re.escape(token.content)
+        for token in longest_first
+    ]
+    return "|".join(forms) or r"(?!)"
