@@ -22,9 +22,10 @@ from typing import Any
 import psutil
 from distributed import Client, LocalCluster
 
+from daskllm import __version__
 from daskllm.llm import load
 from daskllm.machine import cores
-from daskllm.runtime.process import open_session_on, session_for
+from daskllm.runtime.process import session_for
 from daskllm.session import ModelSpec, Session
 from daskllm.types import SamplingParams
 
@@ -149,7 +150,6 @@ def _on_cluster(
         base = sum(client.run(_resident).values())
         begun = time.perf_counter()
         spec = load(model, client=client, **options).spec
-        client.run(open_session_on, spec)
         load_s = time.perf_counter() - begun
         client.run(_answer_here, spec, work[:WARM_UP_ROWS])
         size = -(-len(work) // (workers * threads * TASKS_PER_THREAD))
@@ -190,7 +190,16 @@ def _engine_here(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _engine(session: Session) -> dict[str, Any]:
-    return {"preemptions": session.metrics.preemptions}
+    """How the engine was set up, and what it did."""
+    keys = session.engine.runner.cache.keys
+    metrics = session.engine.metrics
+    return {
+        "dtype": str(keys[0].dtype).removeprefix("torch."),
+        "device": session.engine.runner.device,
+        "kv_mb": round(2 * sum(tensor.nbytes for tensor in keys) / MEGABYTE, 3),
+        "preemptions": metrics.preemptions,
+        "mean_batch": round(metrics.fill(), 1),
+    }
 
 
 def _resident() -> float:
@@ -215,9 +224,13 @@ def _peak_resident() -> float:
 
 
 def _where() -> dict[str, Any]:
-    packages = ("daskllm", "torch", "numba", "dask")
+    packages = ("torch", "numba", "dask")
     return {
         "cpu_count": cores(),
         "machine": f"{platform.system()} {platform.machine()}",
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": {
+            "daskllm": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in packages},
+        },
     }

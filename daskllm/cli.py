@@ -18,13 +18,13 @@ from typing import Any
 import click
 import dask.dataframe as dd
 import pandas as pd
-from dask.utils import parse_bytes
 from distributed import Client, LocalCluster
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
+from daskllm import __version__
 from daskllm import bench as benchmark
 from daskllm import demo as bundled
 from daskllm.checkpoint import open_checkpoint
@@ -74,16 +74,6 @@ def all_of(*options: Decorator) -> Decorator:
     return decorate
 
 
-def kv_bytes(_: click.Context, __: click.Parameter, value: str) -> int | str:
-    """``auto``, or a size such as ``2GiB`` in bytes."""
-    if value == "auto":
-        return value
-    try:
-        return int(parse_bytes(value))
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} is neither auto nor a size such as 2GiB") from error
-
-
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON line last.")
 model_option = click.option("--model", required=True, help="A model directory or a Hugging Face Hub id.")
 revision_option = click.option("--revision", help="Branch, tag or commit of a Hub model.")
@@ -97,9 +87,7 @@ loading_options = all_of(
         help="Of the arithmetic; auto is the checkpoint's own.",
     ),
     click.option("--device", default="auto", help="cpu, cuda or auto."),
-    click.option(
-        "--kv-memory", default="auto", callback=kv_bytes, help="Memory for the KV cache, such as 2GiB."
-    ),
+    click.option("--kv-memory", default="auto", help="Of the KV cache in each process, such as 2GiB."),
 )
 cluster_options = all_of(
     click.option("--workers", type=click.IntRange(1), help="Run on a local cluster of so many processes."),
@@ -135,7 +123,7 @@ def given(sampling: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="daskllm")
+@click.version_option(__version__)
 def main() -> None:
     """A table of prompts in, a table of answers out."""
 
@@ -280,7 +268,7 @@ def generate(
     revision: str | None,
     dtype: str,
     device: str,
-    kv_memory: int | str,
+    kv_memory: str,
     scheduler: str | None,
     workers: int | None,
     threads: int | None,
@@ -315,14 +303,13 @@ def demo(output: str, as_json: bool) -> None:
         workers = min(2, cores())
         with local_cluster(workers, THREADS_PER_WORKER) as client:
             console.print(f"{workers} workers; Dask dashboard: {client.dashboard_link}", highlight=False)
-            llm = load(str(bundled.MODEL), client=client)
+            llm = load(str(bundled.model_path()), client=client)
             frame = dd.from_pandas(table, npartitions=4 * workers)
             answered = frame.llm.chat(llm, "prompt", max_tokens=64)
             seconds = write(answered, target, client, len(table))
         answers = pd.read_parquet(target)
-        right = answers["generated"].str.strip() == answers["answer"]
-        console.print(answer_table(answers, right))
-        close({**summary(target, "generated", seconds), "right": float(right.mean())}, as_json)
+        console.print(answer_table(answers))
+        close({**summary(target, "generated", seconds), "right": bundled.share_right(answers)}, as_json)
 
 
 def emptied(output: Path) -> Path:
@@ -333,13 +320,15 @@ def emptied(output: Path) -> Path:
     return new_directory(str(output))
 
 
-def answer_table(answers: pd.DataFrame, right: pd.Series) -> Table:
+def answer_table(answers: pd.DataFrame) -> Table:
     """A dozen answers as a table for the screen, spread over the tasks and languages."""
-    shown = answers.assign(right=right).groupby(["task", "language"], sort=False).head(1).head(SHOWN_ANSWERS)
+    shown = answers.groupby(["task", "language"], sort=False).head(1).head(SHOWN_ANSWERS)
     table = Table("task", "prompt", "answer", "right?", show_lines=True)
     for row in shown.to_dict("records"):
-        mark = "[green]yes[/]" if row["right"] else "[red]no[/]"
-        text = row["generated"] if row["generated"] is not None else row["generated_error"]
+        failed = row["generated_finish_reason"] == "error"
+        text = row["generated_error" if failed else "generated"]
+        right = bundled.share_right(pd.DataFrame([row])) == 1
+        mark = "[green]yes[/]" if right else "[red]no[/]"
         table.add_row(
             f"{row['task']} ({row['language']})", escape(str(row["prompt"])), escape(str(text)), mark
         )
@@ -356,7 +345,7 @@ def bench(
     revision: str | None,
     dtype: str,
     device: str,
-    kv_memory: int | str,
+    kv_memory: str,
     work: str,
     workers: int | None,
     threads: int | None,

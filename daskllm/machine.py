@@ -54,11 +54,13 @@ def set_share(processes: int, memory_limit: int | None = None) -> None:
 
 
 def cores() -> int:
-    """Cores for this process: those it may run on, divided among the processes that share them; at least 1."""
-    if hasattr(os, "sched_getaffinity"):
-        allowed = len(os.sched_getaffinity(0))
-    else:
-        allowed = os.cpu_count() or 1
+    """Cores for this process: those it may run on, divided among the processes that share them; at least 1.
+
+    >>> cores() >= 1
+    True
+    """
+    bound = hasattr(os, "sched_getaffinity")
+    allowed = len(os.sched_getaffinity(0)) if bound else os.cpu_count() or 1
     quota = _cpu_quota()
     if quota is not None:
         allowed = min(allowed, math.ceil(quota))
@@ -66,7 +68,11 @@ def cores() -> int:
 
 
 def total_memory() -> int:
-    """Bytes of memory that this process could ever hold: the machine's, its control group's or its own limit."""
+    """Bytes that this process could ever hold, by the machine, its control group and its own limit.
+
+    >>> total_memory() >= available_memory()
+    True
+    """
     limits = [psutil.virtual_memory().total, _cgroup_limit(), _share.memory_limit]
     return min(limit for limit in limits if limit is not None)
 

@@ -69,7 +69,7 @@ class EngineMetrics:
         return values
 
     def fill(self, seconds: float = float("inf")) -> float:
-        """Mean number of sequences in the batch over the last ``seconds`` of steps (0 when there was none)."""
+        """Mean number of sequences in the batch over the last ``seconds`` (0 without a step)."""
         since = time.monotonic() - seconds
         sizes = [step.running for step in self.history if step.time >= since]
         return sum(sizes) / len(sizes) if sizes else 0.0

@@ -28,6 +28,7 @@ from daskllm.engine.engine import Engine, Ticket
 from daskllm.engine.kvcache import BlockPool, KVCache, blocks_for, bytes_per_block
 from daskllm.engine.runner import Runner
 from daskllm.engine.sequence import Request, Sample
+from daskllm.metrics import EngineMetrics
 from daskllm.models import DecoderConfig, describe, layer_names
 from daskllm.text.stream import Detokenizer
 from daskllm.text.tokenizer import Tokenizer
@@ -112,8 +113,10 @@ class Session:
         tokenizer: Tokenizer,
         engine: Engine,
         eos_token_ids: Sequence[int],
+        blocks: str,
     ) -> None:
         self.spec, self.config, self.tokenizer, self.engine = spec, config, tokenizer, engine
+        self._blocks = blocks
         self.eos_token_ids = tuple(eos_token_ids)
         self.context = engine.context
         # The engine's thread must have left torch before the interpreter takes it down.
@@ -151,17 +154,18 @@ class Session:
         checkpoint.close()
         batcher = Batcher(BlockPool(blocks), _MAX_SEQUENCES, _MAX_STEP_TOKENS)
         engine = Engine(runner, batcher, config.max_positions, threads)
-        session = cls(spec, config, tokenizer, engine, _eos_ids(checkpoint, config))
-        session._model = model
-        return session
+        return cls(spec, config, tokenizer, engine, _eos_ids(checkpoint, config), model)
 
-    _model: str = ""
+    @property
+    def metrics(self) -> EngineMetrics:
+        """What the engine has done so far."""
+        return self.engine.metrics
 
     def close(self) -> None:
         """Stop the engine and let the weights go; rows that are still waiting fail."""
         atexit.unregister(_close_at_exit)
         self.engine.close()
-        STORE.drop(self._model)
+        STORE.drop(self._blocks)
 
     # --- generation ---------------------------------------------------------------------------------
 
@@ -251,9 +255,7 @@ class Session:
 
     # --- rows ---------------------------------------------------------------------------------------
 
-    def _rows(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], room: int = 1
-    ) -> list[_Row]:
+    def _rows(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], room: int = 1) -> list[_Row]:
         """Prompts as ids; ``room`` is how many positions must stay free for an answer."""
         texts = [i for i, prompt in enumerate(prompts) if isinstance(prompt, str)]
         encoded = dict(zip(texts, self.tokenizer.encode_batch([prompts[i] for i in texts]), strict=True))  # type: ignore[misc]

@@ -7,10 +7,12 @@ nothing is guessed from a sample, so that 007 stays 007 and a late null changes 
 from __future__ import annotations
 
 import glob
+import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import dask.dataframe as dd
 import pandas as pd
@@ -27,8 +29,24 @@ def read_csv(path: str) -> pd.DataFrame:
 
 
 def read_jsonl(path: str) -> pd.DataFrame:
-    """A file of JSON objects, one a line; values keep the types they are written in."""
-    return pd.read_json(path, lines=True, dtype=False, convert_dates=False).convert_dtypes()
+    """A file of JSON objects, one a line; strings stay strings, whole numbers stay whole beside nulls."""
+    rows = []
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                rows.append(_json_object(path, number, line))
+    # As objects first: a column of whole numbers and nulls would pass through float64 otherwise.
+    return pd.DataFrame(rows, dtype=object).convert_dtypes()
+
+
+def _json_object(path: str, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{path}, line {number} must be a JSON object, not {line.strip()[:40]}")
+    return row
 
 
 READERS: Mapping[str, Callable[[str], pd.DataFrame]] = {
@@ -59,7 +77,7 @@ def input_files(patterns: Sequence[str]) -> tuple[list[str], str]:
         matched = [file for group in inside for file in group]
         if not matched:
             raise FileNotFoundError(f"no input file matches {pattern!r}")
-        files += matched
+        files += [os.path.abspath(file) for file in matched]  # workers have directories of their own
     suffixes = sorted({Path(file).suffix.lower() for file in files})
     known = [".parquet", *READERS]
     if len(suffixes) != 1 or suffixes[0] not in known:

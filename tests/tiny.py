@@ -148,7 +148,7 @@ def build(name: str, dtype: str = "float32", seed: int = 0) -> PreTrainedModel:
                 norm = parameter_name.endswith("weight")
                 parameter.copy_(1 + 0.2 * noise if norm else 0.2 * noise)
             else:
-                parameter.copy_(0.3 * noise)
+                parameter.copy_(0.2 * noise)
     return model.to(getattr(torch, dtype)).eval()
 
 

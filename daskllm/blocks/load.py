@@ -6,7 +6,7 @@ file formats (``checkpoint`` reads them).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -17,8 +17,6 @@ from daskllm.models import BlockSources, DecoderConfig, TensorSource, layer_name
 from daskllm.types import ModelError
 
 __all__ = ["load_layers"]
-
-_CONVERTIBLE = (*array.DTYPES, "float64")
 
 
 def load_layers(
@@ -62,11 +60,29 @@ def load_layers(
     made = _held_twin(config, found, model, version, store, device, dtype)
     ready: dict[BlockKey, array.Block] = {}
     for layer in wanted:
-        for name, source in found[layer].items():
-            if source not in made:
-                made[source] = array.to_device(_read(checkpoint, source, dtype), device)
-            ready[BlockKey(model, version, layer, name)] = made[source]
+        for name, block in _layer(checkpoint, found[layer], made, device, dtype).items():
+            ready[BlockKey(model, version, layer, name)] = block
     store.put_all(ready)
+
+
+def _layer(
+    checkpoint: Checkpoint,
+    blocks: Mapping[str, TensorSource],
+    made: dict[TensorSource, array.Block],
+    device: str,
+    dtype: str,
+) -> dict[str, array.Block]:
+    """One layer's blocks by name; ``made`` holds what is done already and grows."""
+    copied = []
+    for source in set(blocks.values()) - set(made):
+        tensor = checkpoint.tensor(source.name)
+        shaped = _shaped(tensor, source, dtype)
+        made[source] = array.to_device(array.from_torch(shaped), device)
+        is_view = shaped.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+        if not is_view or device != "cpu":
+            copied.append(array.from_torch(tensor))
+    array.drop_pages(*copied)  # else the file would stay resident beside its conversion
+    return {name: made[source] for name, source in blocks.items()}
 
 
 def _held_twin(
@@ -96,8 +112,8 @@ def _check(checkpoint: Checkpoint, found: BlockSources, wanted: list[str]) -> No
             where = f"{checkpoint.file(source.name)}: tensor {source.name!r}"
             if shape != source.shape:
                 raise ModelError(f"{where} has shape {shape}, but config.json makes it {source.shape}")
-            if dtype not in _CONVERTIBLE:
-                raise ModelError(f"{where} is of type {dtype}; only {', '.join(_CONVERTIBLE)} are read")
+            if dtype not in array.DTYPES:
+                raise ModelError(f"{where} is of type {dtype}; only {', '.join(array.DTYPES)} are read")
 
 
 def _check_tied(checkpoint: Checkpoint, config: DecoderConfig, found: BlockSources) -> None:
@@ -112,10 +128,10 @@ def _check_tied(checkpoint: Checkpoint, config: DecoderConfig, found: BlockSourc
         )
 
 
-def _read(checkpoint: Checkpoint, source: TensorSource, dtype: str) -> array.Block:
-    tensor = checkpoint.tensor(source.name)
+def _shaped(tensor: torch.Tensor, source: TensorSource, dtype: str) -> torch.Tensor:
+    """The block's part of a tensor in the block's layout and type; a view where that is possible."""
     if source.transpose:
         tensor = tensor.t()
     if source.rows is not None:
         tensor = tensor[slice(*source.rows)]
-    return array.from_torch(tensor.to(array.DTYPES[dtype]).contiguous())
+    return tensor.to(array.DTYPES[dtype]).contiguous()

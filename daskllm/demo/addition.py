@@ -44,7 +44,9 @@ def _numbers(rng: Random) -> tuple[int, int]:
     return rng.randint(10, 999), rng.randint(100, 999)
 
 
-def _row(rng: Random, prompts: tuple[str, ...], names: tuple[str, ...], things: tuple[str, ...]) -> tuple[str, str, str]:
+def _row(
+    rng: Random, prompts: tuple[str, ...], names: tuple[str, ...], things: tuple[str, ...]
+) -> tuple[str, str, str]:
     pair = _numbers(rng)
     a, b = pair if rng.random() < 0.5 else pair[::-1]
     prompt = rng.choice(prompts).format(a=a, b=b, name=rng.choice(names), things=rng.choice(things))

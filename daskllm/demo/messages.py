@@ -12,11 +12,35 @@ from random import Random
 
 __all__ = ["english_date", "english_order", "chinese_date", "chinese_order"]
 
-_MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
-           "November", "December")
+_MONTHS = (
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+)
 _EN_NAMES = ("Anna", "Tom", "Lucy", "Peter", "Maria", "Jack", "Nina", "Omar", "Grace", "Leo")
-_EN_ITEMS = ("lamp", "kettle", "backpack", "keyboard", "coffee machine", "pair of shoes", "desk", "camera",
-             "tent", "watch", "bicycle helmet", "rice cooker")
+_EN_ITEMS = (
+    "lamp",
+    "kettle",
+    "backpack",
+    "keyboard",
+    "coffee machine",
+    "pair of shoes",
+    "desk",
+    "camera",
+    "tent",
+    "watch",
+    "bicycle helmet",
+    "rice cooker",
+)
 _EN_GREETINGS = ("Hi,", "Hello,", "Dear team,", "Good morning,", "Hey,", "To whom it may concern,")
 _EN_ORDER = (
     "my order {order} has not arrived yet.",
@@ -44,7 +68,14 @@ _EN_OTHER = (
     "My name is {name}.",
     "The invoice says ${price}.",
 )
-_EN_CLOSINGS = ("Thanks, {name}", "Best regards, {name}", "Thank you!", "Please help.", "{name}", "Regards, {name}")
+_EN_CLOSINGS = (
+    "Thanks, {name}",
+    "Best regards, {name}",
+    "Thank you!",
+    "Please help.",
+    "{name}",
+    "Regards, {name}",
+)
 _EN_ORDER_PROMPTS = (
     "Find the order number in this message: {text}",
     "What is the order number? {text}",
@@ -61,7 +92,20 @@ _EN_DATE_PROMPTS = (
 )
 
 _ZH_NAMES = ("小明", "小红", "李雷", "王芳", "张伟", "刘洋", "陈静", "赵敏", "何平", "孙丽")
-_ZH_ITEMS = ("台灯", "水壶", "背包", "键盘", "咖啡机", "鞋子", "书桌", "相机", "帐篷", "手表", "头盔", "电饭锅")
+_ZH_ITEMS = (
+    "台灯",
+    "水壶",
+    "背包",
+    "键盘",
+    "咖啡机",
+    "鞋子",
+    "书桌",
+    "相机",
+    "帐篷",
+    "手表",
+    "头盔",
+    "电饭锅",
+)
 _ZH_GREETINGS = ("你好，", "您好，", "客服您好，", "早上好，", "请问在吗？", "打扰一下，")
 _ZH_ORDER = (
     "我的订单{order}还没有到。",
@@ -130,23 +174,27 @@ def _date(rng: Random) -> tuple[int, int, int]:
 
 def _english_date(rng: Random, year: int, month: int, day: int) -> str:
     name = _MONTHS[month - 1]
-    return rng.choice((
-        f"{name} {day}, {year}",
-        f"{day} {name} {year}",
-        f"{name[:3]} {day}, {year}",
-        f"{year}-{month:02d}-{day:02d}",
-        f"{year}/{month}/{day}",
-    ))
+    return rng.choice(
+        (
+            f"{name} {day}, {year}",
+            f"{day} {name} {year}",
+            f"{name[:3]} {day}, {year}",
+            f"{year}-{month:02d}-{day:02d}",
+            f"{year}/{month}/{day}",
+        )
+    )
 
 
 def _chinese_date(rng: Random, year: int, month: int, day: int) -> str:
-    return rng.choice((
-        f"{year}年{month}月{day}日",
-        f"{year}年{month}月{day}号",
-        f"{year}-{month:02d}-{day:02d}",
-        f"{year}/{month}/{day}",
-        f"{year}.{month}.{day}",
-    ))
+    return rng.choice(
+        (
+            f"{year}年{month}月{day}日",
+            f"{year}年{month}月{day}号",
+            f"{year}-{month:02d}-{day:02d}",
+            f"{year}/{month}/{day}",
+            f"{year}.{month}.{day}",
+        )
+    )
 
 
 def _small(rng: Random, names: tuple[str, ...], items: tuple[str, ...]) -> dict[str, str]:

@@ -12,14 +12,50 @@ from random import Random
 __all__ = ["english", "chinese"]
 
 _EN_NAMES = ("Anna", "Tom", "Lucy", "Peter", "Maria", "Jack", "Nina", "Omar", "Grace", "Leo", "Emma", "Paul")
-_EN_VERBS = (("bought", "buy"), ("found", "find"), ("sold", "sell"), ("painted", "paint"), ("lost", "lose"),
-             ("counted", "count"))
+_EN_VERBS = (
+    ("bought", "buy"),
+    ("found", "find"),
+    ("sold", "sell"),
+    ("painted", "paint"),
+    ("lost", "lose"),
+    ("counted", "count"),
+)
 _EN_COUNTS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _EN_COLOURS = ("red", "blue", "green", "white", "black", "yellow", "brown", "grey")
-_EN_THINGS = ("apples", "hats", "cups", "chairs", "boxes", "bicycles", "balloons", "shirts", "candles", "pencils")
-_EN_PLACES = ("at the market", "in the park", "at school", "in the kitchen", "at the station", "in the garden",
-              "near the bridge", "in the library", "at the beach", "in the old town")
-_EN_TIMES = ("on Monday", "on Tuesday", "on Friday", "on Sunday", "in June", "in winter", "last night", "at noon")
+_EN_THINGS = (
+    "apples",
+    "hats",
+    "cups",
+    "chairs",
+    "boxes",
+    "bicycles",
+    "balloons",
+    "shirts",
+    "candles",
+    "pencils",
+)
+_EN_PLACES = (
+    "at the market",
+    "in the park",
+    "at school",
+    "in the kitchen",
+    "at the station",
+    "in the garden",
+    "near the bridge",
+    "in the library",
+    "at the beach",
+    "in the old town",
+)
+_EN_TIMES = (
+    "on Monday",
+    "on Tuesday",
+    "on Friday",
+    "on Sunday",
+    "in June",
+    "in winter",
+    "last night",
+    "at noon",
+)
 _EN_SENTENCES = (
     "{name} {verb} {count} {colour} {things} {place} {time}.",
     "{Time}, {name} {verb} {count} {colour} {things} {place}.",

@@ -24,30 +24,87 @@ _EN_THINGS = {
     "course": ("teacher", "homework", "pace", "content", "price"),
 }
 _EN_ADJECTIVES = {
-    True: ("great", "excellent", "wonderful", "fantastic", "superb", "lovely", "impressive", "perfect",
-           "brilliant", "outstanding", "delightful", "amazing"),
-    False: ("terrible", "awful", "poor", "disappointing", "horrible", "dreadful", "useless", "broken",
-            "annoying", "ugly", "cheap", "bad"),
+    True: (
+        "great",
+        "excellent",
+        "wonderful",
+        "fantastic",
+        "superb",
+        "lovely",
+        "impressive",
+        "perfect",
+        "brilliant",
+        "outstanding",
+        "delightful",
+        "amazing",
+    ),
+    False: (
+        "terrible",
+        "awful",
+        "poor",
+        "disappointing",
+        "horrible",
+        "dreadful",
+        "useless",
+        "broken",
+        "annoying",
+        "ugly",
+        "cheap",
+        "bad",
+    ),
 }
 _EN_STATEMENTS = {
-    True: ("the {aspect} is {same}", "the {aspect} was really {same}", "I love the {aspect}",
-           "the {aspect} is not {other} at all", "the {aspect} exceeded my expectations",
-           "the {aspect} works like a charm", "I am very happy with the {aspect}",
-           "the {aspect} is far from {other}"),
-    False: ("the {aspect} is {same}", "the {aspect} was really {same}", "I hate the {aspect}",
-            "the {aspect} is not {other} at all", "the {aspect} let me down",
-            "the {aspect} gave up after a week", "I am not happy with the {aspect}",
-            "the {aspect} is far from {other}"),
+    True: (
+        "the {aspect} is {same}",
+        "the {aspect} was really {same}",
+        "I love the {aspect}",
+        "the {aspect} is not {other} at all",
+        "the {aspect} exceeded my expectations",
+        "the {aspect} works like a charm",
+        "I am very happy with the {aspect}",
+        "the {aspect} is far from {other}",
+    ),
+    False: (
+        "the {aspect} is {same}",
+        "the {aspect} was really {same}",
+        "I hate the {aspect}",
+        "the {aspect} is not {other} at all",
+        "the {aspect} let me down",
+        "the {aspect} gave up after a week",
+        "I am not happy with the {aspect}",
+        "the {aspect} is far from {other}",
+    ),
 }
 _EN_VERDICTS = {
-    True: ("I would buy it again", "highly recommended", "worth every penny", "I would not change a thing",
-           "my whole family loves it", "five stars from me", "I can only recommend it",
-           "I have no complaints"),
-    False: ("I want my money back", "do not buy it", "a waste of money", "I would not recommend it",
-            "my whole family hates it", "one star from me", "never again", "I regret this purchase"),
+    True: (
+        "I would buy it again",
+        "highly recommended",
+        "worth every penny",
+        "I would not change a thing",
+        "my whole family loves it",
+        "five stars from me",
+        "I can only recommend it",
+        "I have no complaints",
+    ),
+    False: (
+        "I want my money back",
+        "do not buy it",
+        "a waste of money",
+        "I would not recommend it",
+        "my whole family hates it",
+        "one star from me",
+        "never again",
+        "I regret this purchase",
+    ),
 }
-_EN_INTROS = ("I got this {thing} {when}.", "We tried the {thing} {when}.", "My {who} told me about this {thing}.",
-              "This is my {nth} {thing}.", "I picked this {thing} for my {who}.", "About the {thing}:")
+_EN_INTROS = (
+    "I got this {thing} {when}.",
+    "We tried the {thing} {when}.",
+    "My {who} told me about this {thing}.",
+    "This is my {nth} {thing}.",
+    "I picked this {thing} for my {who}.",
+    "About the {thing}:",
+)
 _EN_WHEN = ("last week", "yesterday", "in May", "two months ago", "on holiday", "a year ago")
 _EN_WHO = ("sister", "brother", "boss", "neighbour", "mother", "friend")
 _EN_NTH = ("first", "second", "third")
@@ -76,19 +133,49 @@ _ZH_ADJECTIVES = {
     False: ("差", "糟糕", "一般", "失败", "让人失望", "让人生气", "劣质", "难看", "无聊", "可怕"),
 }
 _ZH_STATEMENTS = {
-    True: ("{aspect}很{same}", "{aspect}非常{same}", "我喜欢它的{aspect}", "{aspect}一点也不{other}",
-           "{aspect}超出了我的期待", "{aspect}没有让我后悔", "我对{aspect}很满意", "{aspect}值得称赞"),
-    False: ("{aspect}很{same}", "{aspect}非常{same}", "我讨厌它的{aspect}", "{aspect}一点也不{other}",
-            "{aspect}没有达到我的期待", "{aspect}让我后悔", "我对{aspect}不满意", "{aspect}问题太多"),
+    True: (
+        "{aspect}很{same}",
+        "{aspect}非常{same}",
+        "我喜欢它的{aspect}",
+        "{aspect}一点也不{other}",
+        "{aspect}超出了我的期待",
+        "{aspect}没有让我后悔",
+        "我对{aspect}很满意",
+        "{aspect}值得称赞",
+    ),
+    False: (
+        "{aspect}很{same}",
+        "{aspect}非常{same}",
+        "我讨厌它的{aspect}",
+        "{aspect}一点也不{other}",
+        "{aspect}没有达到我的期待",
+        "{aspect}让我后悔",
+        "我对{aspect}不满意",
+        "{aspect}问题太多",
+    ),
 }
 _ZH_VERDICTS = {
     True: ("下次还会再来", "强烈推荐", "物有所值", "全家人都喜欢", "给五星", "没有什么可挑剔的", "真心不错"),
     False: ("再也不会来了", "不推荐", "浪费钱", "全家人都不喜欢", "只给一星", "我要退货", "真心不值"),
 }
-_ZH_INTROS = ("{when}买的这{measure}{thing}。", "{who}推荐的{thing}。", "第{nth}次选这{measure}{thing}。", "说说这{measure}{thing}。",
-              "{when}和{who}一起试了这{measure}{thing}。")
-_ZH_MEASURES = {"手机": "部", "电脑": "台", "酒店": "家", "餐厅": "家", "书": "本", "电影": "部", "外套": "件",
-                "软件": "个", "课程": "门"}
+_ZH_INTROS = (
+    "{when}买的这{measure}{thing}。",
+    "{who}推荐的{thing}。",
+    "第{nth}次选这{measure}{thing}。",
+    "说说这{measure}{thing}。",
+    "{when}和{who}一起试了这{measure}{thing}。",
+)
+_ZH_MEASURES = {
+    "手机": "部",
+    "电脑": "台",
+    "酒店": "家",
+    "餐厅": "家",
+    "书": "本",
+    "电影": "部",
+    "外套": "件",
+    "软件": "个",
+    "课程": "门",
+}
 _ZH_WHEN = ("上周", "昨天", "五月", "两个月前", "去年", "放假时")
 _ZH_WHO = ("姐姐", "哥哥", "老板", "邻居", "妈妈", "朋友")
 _ZH_NTH = ("一", "二", "三")
@@ -137,10 +224,14 @@ def english(rng: Random) -> tuple[str, str, str]:
             aspect=aspect, same=rng.choice(_EN_ADJECTIVES[good]), other=rng.choice(_EN_ADJECTIVES[not good])
         )
 
-    body = _body(rng, positive, lambda good: state(first, good), lambda good: state(second, good), _EN_VERDICTS)
+    body = _body(
+        rng, positive, lambda good: state(first, good), lambda good: state(second, good), _EN_VERDICTS
+    )
     joined = {"and": " and ", "but": ", but ", "stop": ". "}
     text = "".join(joined.get(piece, piece) for piece in body)
-    text = ". ".join(sentence[:1].upper() + sentence[1:] for sentence in text.split(". ")) + rng.choice((".", "!"))
+    text = ". ".join(sentence[:1].upper() + sentence[1:] for sentence in text.split(". ")) + rng.choice(
+        (".", "!")
+    )
     if rng.random() < 0.6:
         intro = rng.choice(_EN_INTROS).format(
             thing=thing, when=rng.choice(_EN_WHEN), who=rng.choice(_EN_WHO), nth=rng.choice(_EN_NTH)
@@ -164,12 +255,17 @@ def chinese(rng: Random) -> tuple[str, str, str]:
             aspect=aspect, same=rng.choice(_ZH_ADJECTIVES[good]), other=rng.choice(_ZH_ADJECTIVES[not good])
         )
 
-    body = _body(rng, positive, lambda good: state(first, good), lambda good: state(second, good), _ZH_VERDICTS)
+    body = _body(
+        rng, positive, lambda good: state(first, good), lambda good: state(second, good), _ZH_VERDICTS
+    )
     joined = {"and": "，", "but": "，但是", "stop": "。"}
     text = "".join(joined.get(piece, piece) for piece in body) + rng.choice(("。", "！"))
     if rng.random() < 0.6:
         intro = rng.choice(_ZH_INTROS).format(
-            thing=thing, measure=_ZH_MEASURES[thing], when=rng.choice(_ZH_WHEN), who=rng.choice(_ZH_WHO),
+            thing=thing,
+            measure=_ZH_MEASURES[thing],
+            when=rng.choice(_ZH_WHEN),
+            who=rng.choice(_ZH_WHO),
             nth=rng.choice(_ZH_NTH),
         )
         text = intro + text

@@ -61,10 +61,12 @@ def train_tokenizer(seed: int) -> Tokenizer:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
@@ -94,7 +96,9 @@ def write_directory(out: Path, tokenizer: Tokenizer, model: Any) -> None:
         "model_max_length": SHAPE["max_position_embeddings"],
         "chat_template": CHAT_TEMPLATE,
     }
-    (out / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n", encoding="utf-8")
+    (out / "tokenizer_config.json").write_text(
+        json.dumps(tokenizer_config, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 class Encoder:
@@ -151,7 +155,9 @@ def batches(encoder: Encoder, seed: int) -> Iterator[list[tuple[torch.Tensor, to
     stream = mixed(seed)
     size = ROWS_PER_STEP // MICRO_BATCHES
     while True:
-        rows = sorted((encoder.encode(stream, rng) for _ in range(ROWS_PER_STEP)), key=lambda pair: len(pair[0]))
+        rows = sorted(
+            (encoder.encode(stream, rng) for _ in range(ROWS_PER_STEP)), key=lambda pair: len(pair[0])
+        )
         step = []
         for group in (rows[i : i + size] for i in range(0, len(rows), size)):
             longest = len(group[-1][0])
@@ -168,11 +174,18 @@ def new_model(seed: int) -> Any:
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError as error:
-        raise ImportError("training the bundled model needs transformers: pip install 'daskllm[test]'") from error
+        raise ImportError(
+            "training the bundled model needs transformers: pip install 'daskllm[test]'"
+        ) from error
     torch.manual_seed(seed)
     bos, end, pad = (SPECIALS.index(token) for token in ("<|bos|>", "<|end|>", "<|pad|>"))
     config = LlamaConfig(
-        vocab_size=VOCABULARY, tie_word_embeddings=True, bos_token_id=bos, eos_token_id=end, pad_token_id=pad, **SHAPE
+        vocab_size=VOCABULARY,
+        tie_word_embeddings=True,
+        bos_token_id=bos,
+        eos_token_id=end,
+        pad_token_id=pad,
+        **SHAPE,
     )
     config._attn_implementation = "eager"  # the fused CPU backward is slower on short rows
     return LlamaForCausalLM(config)
@@ -222,7 +235,9 @@ def train(out: Path, *, seed: int = 0, steps: int = STEPS, threads: int = 2) -> 
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if step % 100 == 0:
-            print(f"step {step}/{steps}  loss {total / 100:.4f}  {time.monotonic() - started:.0f} s", flush=True)
+            print(
+                f"step {step}/{steps}  loss {total / 100:.4f}  {time.monotonic() - started:.0f} s", flush=True
+            )
             total = 0.0
     write_directory(out, tokenizer, model)
 
@@ -240,7 +255,9 @@ def answer_loss(model: Any, ids: torch.Tensor, targets: torch.Tensor) -> torch.T
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m daskllm.demo.train", description="Train the bundled model.")
+    parser = argparse.ArgumentParser(
+        prog="python -m daskllm.demo.train", description="Train the bundled model."
+    )
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS)

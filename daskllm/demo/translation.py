@@ -12,9 +12,18 @@ from random import Random
 __all__ = ["english", "chinese"]
 
 _SUBJECTS = (
-    ("the boy", "那个男孩"), ("the girl", "那个女孩"), ("the teacher", "那位老师"), ("the doctor", "那位医生"),
-    ("my mother", "我妈妈"), ("my father", "我爸爸"), ("my friend", "我朋友"), ("his sister", "他姐姐"),
-    ("her brother", "她哥哥"), ("our neighbour", "我们的邻居"), ("the student", "那个学生"), ("the driver", "那位司机"),
+    ("the boy", "那个男孩"),
+    ("the girl", "那个女孩"),
+    ("the teacher", "那位老师"),
+    ("the doctor", "那位医生"),
+    ("my mother", "我妈妈"),
+    ("my father", "我爸爸"),
+    ("my friend", "我朋友"),
+    ("his sister", "他姐姐"),
+    ("her brother", "她哥哥"),
+    ("our neighbour", "我们的邻居"),
+    ("the student", "那个学生"),
+    ("the driver", "那位司机"),
 )
 # verb: third person, past, base, Chinese; its objects
 _VERBS = (
@@ -27,21 +36,52 @@ _VERBS = (
     (("loses", "lost", "lose", "丢"), ("book", "hat", "key", "cup", "dog")),
 )
 _OBJECTS = {
-    "book": ("本", "书"), "apple": ("个", "苹果"), "car": ("辆", "汽车"), "hat": ("顶", "帽子"), "fish": ("条", "鱼"),
-    "lamp": ("盏", "灯"), "flower": ("朵", "花"), "cup": ("个", "杯子"), "cat": ("只", "猫"), "dog": ("只", "狗"),
-    "bird": ("只", "鸟"), "horse": ("匹", "马"), "tree": ("棵", "树"), "key": ("把", "钥匙"),
+    "book": ("本", "书"),
+    "apple": ("个", "苹果"),
+    "car": ("辆", "汽车"),
+    "hat": ("顶", "帽子"),
+    "fish": ("条", "鱼"),
+    "lamp": ("盏", "灯"),
+    "flower": ("朵", "花"),
+    "cup": ("个", "杯子"),
+    "cat": ("只", "猫"),
+    "dog": ("只", "狗"),
+    "bird": ("只", "鸟"),
+    "horse": ("匹", "马"),
+    "tree": ("棵", "树"),
+    "key": ("把", "钥匙"),
 }
 _ADJECTIVES = (
-    ("red", "红色的"), ("blue", "蓝色的"), ("white", "白色的"), ("black", "黑色的"), ("big", "大的"), ("small", "小的"),
-    ("new", "新的"), ("old", "旧的"), ("beautiful", "漂亮的"),
+    ("red", "红色的"),
+    ("blue", "蓝色的"),
+    ("white", "白色的"),
+    ("black", "黑色的"),
+    ("big", "大的"),
+    ("small", "小的"),
+    ("new", "新的"),
+    ("old", "旧的"),
+    ("beautiful", "漂亮的"),
 )
 _PLACES = (
-    ("in the park", "在公园"), ("at school", "在学校"), ("at home", "在家"), ("in the garden", "在花园"),
-    ("at the station", "在车站"), ("at the market", "在市场"), ("by the river", "在河边"), ("in the village", "在村子里"),
-    ("in the city", "在城里"), ("on the street", "在街上"),
+    ("in the park", "在公园"),
+    ("at school", "在学校"),
+    ("at home", "在家"),
+    ("in the garden", "在花园"),
+    ("at the station", "在车站"),
+    ("at the market", "在市场"),
+    ("by the river", "在河边"),
+    ("in the village", "在村子里"),
+    ("in the city", "在城里"),
+    ("on the street", "在街上"),
 )
-_TIMES = (("every day", "每天", 0), ("on Sundays", "每个星期天", 0), ("yesterday", "昨天", 1), ("last year", "去年", 1),
-          ("tomorrow", "明天", 2), ("next week", "下周", 2))
+_TIMES = (
+    ("every day", "每天", 0),
+    ("on Sundays", "每个星期天", 0),
+    ("yesterday", "昨天", 1),
+    ("last year", "去年", 1),
+    ("tomorrow", "明天", 2),
+    ("next week", "下周", 2),
+)
 _COUNTS = (("a", "一"), ("two", "两"), ("three", "三"), ("five", "五"), ("ten", "十"))
 
 _EN_PROMPTS = (

@@ -156,9 +156,7 @@ class Batcher:
         """Blocks that the running sequences may take for their next token."""
         return sum(len(s.tokens) % BLOCK_SIZE == 0 for s in self.running)
 
-    def _make_room(
-        self, sequence: SequenceState, count: int, scheduled: Iterable[SequenceState]
-    ) -> bool:
+    def _make_room(self, sequence: SequenceState, count: int, scheduled: Iterable[SequenceState]) -> bool:
         """Take the blocks for ``count`` more tokens, preempting later comers if need be."""
         need = blocks_for(sequence.computed + count) - len(sequence.blocks)
         if need > self.pool.free:

@@ -21,12 +21,12 @@ from daskllm.engine.runner import Runner
 from daskllm.engine.sequence import Request, Sample, SequenceState
 from daskllm.metrics import EngineMetrics, StepRecord
 
-__all__ = ["Engine", "EngineClosed", "Ticket"]
+__all__ = ["Engine", "EngineClosedError", "Ticket"]
 
 logger = logging.getLogger(__name__)
 
 
-class EngineClosed(RuntimeError):
+class EngineClosedError(RuntimeError):
     """The engine was closed while rows were waiting for it."""
 
 
@@ -77,7 +77,7 @@ class Engine:
         """Queue requests; they begin in the next step."""
         with self._changed:
             if self._closed:
-                raise EngineClosed("the model was closed")
+                raise EngineClosedError("the model was closed")
             tickets = [Ticket(request, i) for i, request in enumerate(requests)]
             self._arrived += tickets
             if self._thread is None:
@@ -102,7 +102,7 @@ class Engine:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Stop the thread after the step it is in; rows still waiting fail with `EngineClosed`."""
+        """Stop the thread after the step it is in; rows still waiting fail with `EngineClosedError`."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -115,9 +115,11 @@ class Engine:
         torch.set_num_threads(self._threads)  # OpenMP counts threads per calling thread
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._arrived or self._dropped or self._tickets)
+                self._changed.wait_for(
+                    lambda: self._closed or self._arrived or self._dropped or self._tickets
+                )
                 if self._closed:
-                    self._fail(EngineClosed("the model was closed"))
+                    self._fail(EngineClosedError("the model was closed"))
                     return
                 self._take_changes()
             try:

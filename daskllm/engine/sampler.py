@@ -80,7 +80,7 @@ def _draw(logits: torch.Tensor, sequences: Sequence[SequenceState], filtered: bo
     weights = (logits.double() / column([p.temperature for p in params])).softmax(-1)
     order = None
     if filtered:
-        weights, order = weights.sort(-1, descending=True, stable=True)
+        weights, order = weights.sort(dim=-1, descending=True, stable=True)
         weights = _filter(weights, params)
     cumulative = weights.cumsum(-1)
     # The first token whose cumulative weight exceeds the draw; a draw next to 1 must not land past the last

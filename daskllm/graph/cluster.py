@@ -112,7 +112,9 @@ class Cluster:
             raise ValueError(f'transfers must be "direct" or "host", not {self.transfers!r}')
 
     @classmethod
-    def of(cls, count: int, memory: float, *, link: Link | None = None, name: str = "device", **device: float) -> Cluster:
+    def of(
+        cls, count: int, memory: float, *, link: Link | None = None, name: str = "device", **device: float
+    ) -> Cluster:
         """``count`` like devices, named ``device-0`` and so on.
 
         >>> [d.name for d in Cluster.of(2, memory=1e9).devices]
@@ -172,5 +174,8 @@ class Workload:
     def step(self, micro_batches: int) -> Step:
         """One micro-batch's pass when the rows are cut into that many."""
         return Step(
-            rows=self.rows / micro_batches, tokens=self.tokens, context=self.context, all_logits=self.all_logits
+            rows=self.rows / micro_batches,
+            tokens=self.tokens,
+            context=self.context,
+            all_logits=self.all_logits,
         )

@@ -17,6 +17,7 @@ How results travel between the stages of a plan (`Cluster.transfers`):
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -112,7 +113,9 @@ class CostModel:
         micro_batches: into how many the workload's rows are cut.
     """
 
-    def __init__(self, graph: LayerGraph, cluster: Cluster, workload: Workload, micro_batches: int = 1) -> None:
+    def __init__(
+        self, graph: LayerGraph, cluster: Cluster, workload: Workload, micro_batches: int = 1
+    ) -> None:
         self.graph, self.cluster, self.workload = graph, cluster, workload
         self.micro_batches = micro_batches
         self.step = workload.step(micro_batches)
@@ -242,9 +245,11 @@ class CostModel:
 
     def loads(self, stages: Sequence[tuple[int, int]]) -> Loads:
         """The loads of a plan: (set of nodes, device) for each stage, in order."""
-        seconds = tuple(self.compute(nodes, device) + self.transfer_seconds(nodes) for nodes, device in stages)
+        seconds = tuple(
+            self.compute(nodes, device) + self.transfer_seconds(nodes) for nodes, device in stages
+        )
         links, before = [], 0
-        for (nodes, source), (_, target) in zip(stages, stages[1:], strict=False):
+        for (nodes, source), (_, target) in itertools.pairwise(stages):
             before |= nodes
             links.append(self.link_seconds(before, source, target))
         return Loads(seconds, tuple(links), self.back_seconds(stages[-1][1], stages[0][1]))

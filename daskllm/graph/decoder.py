@@ -10,7 +10,7 @@ ones; see Kaplan et al. 2020, https://arxiv.org/abs/2001.08361, table 1.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 from daskllm.graph.nodes import Edge, Node, Opening
@@ -66,14 +66,16 @@ def decoder_opening(config: DecoderConfig, dtype: str, shards: int) -> Opening:
     nodes.append(_whole("head", "head", _head(whole), _head(sizes)))
     if config.tied:
         nodes[-1] = replace(nodes[-1], tied=("embed", config.vocab_size * config.hidden_size * sizes.item))
-    edges = [Edge(a.name, b.name) for a, b in zip(nodes, nodes[1:], strict=False)]
+    edges = [Edge(a.name, b.name) for a, b in pairwise(nodes)]
     return Opening(tuple(nodes), tuple(edges), ("embed",), ("head",))
 
 
 def _whole(name: str, kind: str, parts: Opening, inside: Opening) -> Node:
     """A node whose counts are the sums over ``parts`` (its uncut inside); it opens into ``inside``."""
     nodes = parts.nodes
-    touched = [n.weight_bytes if n.weight_bytes_per_token is None else n.weight_bytes_per_token for n in nodes]
+    touched = [
+        n.weight_bytes if n.weight_bytes_per_token is None else n.weight_bytes_per_token for n in nodes
+    ]
     partial = any(n.weight_bytes_per_token is not None for n in nodes)
     return Node(
         name,

@@ -114,7 +114,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """
     body = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(head), *body]) for i in range(len(head))]
-    right = [bool(body) and all(not row[i] or row[i][0] in "0123456789-+." for row in body) for i in range(len(head))]
+    right = [
+        bool(body) and all(not row[i] or row[i][0] in "0123456789-+." for row in body)
+        for i in range(len(head))
+    ]
 
     def line(cells: Sequence[str]) -> str:
         padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True))
@@ -213,7 +216,9 @@ def _layout(picture: Picture) -> tuple[dict[str, _Place], float, float]:
     rows: list[list[Box]] = [[] for _ in range(max(rank.values(), default=-1) + 1)]
     for box in picture.boxes:
         rows[rank[box.id]].append(box)
-    sizes = {b.id: (max(map(len, b.lines)) * _CHAR + 2 * _PAD, len(b.lines) * _LINE + _PAD) for b in picture.boxes}
+    sizes = {
+        b.id: (max(map(len, b.lines)) * _CHAR + 2 * _PAD, len(b.lines) * _LINE + _PAD) for b in picture.boxes
+    }
     widths = [sum(sizes[b.id][0] for b in row) + _GAP_X * (len(row) - 1) for row in rows]
     total, y = max(widths, default=0) + 4 * _GAP_X, _GAP_Y
     places: dict[str, _Place] = {}
@@ -248,9 +253,7 @@ def _arrow(a: _Place, b: _Place, label: str) -> str:
     # An arrow past other rows swings out to the side instead of crossing the boxes between.
     swing = (a.width + b.width) / 3 if bottom - top > 1.5 * _GAP_Y else 0.0
     middle = (top + bottom) / 2
-    path = (
-        f"M{a.x:.1f},{top:.1f} C{a.x + swing:.1f},{middle:.1f} {b.x + swing:.1f},{middle:.1f} {b.x:.1f},{bottom:.1f}"
-    )
+    path = f"M{a.x:.1f},{top:.1f} C{a.x + swing:.1f},{middle:.1f} {b.x + swing:.1f},{middle:.1f} {b.x:.1f},{bottom:.1f}"
     text = (
         f'<text x="{(a.x + b.x) / 2 + 0.75 * swing + 4:.1f}" y="{middle + 4:.1f}" font-size="10" '
         f'fill="#64748b">{escape(label)}</text>'

@@ -19,7 +19,9 @@ def explain_impossible(costs: CostModel, method: str, stages: int | None = None)
     """The error for a search that found nothing, most telling reason first."""
     cluster, nodes = costs.cluster, costs.nodes
     largest = max(cluster.devices, key=lambda d: d.memory)
-    lonely = [i for i in range(len(nodes)) if not any(costs.allowed(i, d) for d in range(len(cluster.devices)))]
+    lonely = [
+        i for i in range(len(nodes)) if not any(costs.allowed(i, d) for d in range(len(cluster.devices)))
+    ]
     if lonely:
         wanted = ", ".join(f"{k}={v:g}" for k, v in nodes[lonely[0]].resources.items())
         return PlanError(
@@ -77,5 +79,7 @@ def _help(costs: CostModel, opens: bool, *, prefix: bool = True) -> str:
     ways = ['splitter="recursive", which opens it into smaller parts'] if opens else []
     ways += ["a device with more memory", "a smaller dtype or quantised weights"]
     if use.kv:
-        ways.append(f"fewer rows than {costs.workload.rows:g} or a shorter context than {costs.workload.context}")
+        ways.append(
+            f"fewer rows than {costs.workload.rows:g} or a shorter context than {costs.workload.context}"
+        )
     return ("What would help: " if prefix else "") + ", ".join(ways[:-1]) + f" or {ways[-1]}."

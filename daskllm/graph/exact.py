@@ -14,18 +14,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from daskllm.graph.cost import Cluster, CostModel, Objective
+from daskllm.graph.cluster import Cluster
+from daskllm.graph.cost import CostModel, Objective
 
-__all__ = ["Cut", "SearchLimit", "best_cut", "device_classes"]
+__all__ = ["Cut", "SearchLimitError", "best_cut", "device_classes"]
 
 Cut: TypeAlias = "tuple[tuple[int, int], ...]"
 """(set of nodes, device) for each stage, in order."""
 
 _Label: TypeAlias = "tuple[float, float, _Label | None, int, int]"  # largest, total, before, stage, class
-_State: TypeAlias = "tuple[int, tuple[int, ...], int]"  # ideal, devices used by class, class of the last stage
+_State: TypeAlias = (
+    "tuple[int, tuple[int, ...], int]"  # ideal, devices used by class, class of the last stage
+)
 
 
-class SearchLimit(Exception):
+class SearchLimitError(Exception):
     """The instance is too large for this search."""
 
 
@@ -87,7 +90,7 @@ def best_cut(
         limit: the most stages and labels to look at.
 
     Raises:
-        SearchLimit: there are more than ``limit``.
+        SearchLimitError: there are more than ``limit``.
     """
     search = _Search(costs, objective, stages, predecessors or costs.predecessors, devices, limit)
     if incumbent is not None:
@@ -130,7 +133,7 @@ class _Search:
     def spend(self, amount: int) -> None:
         self.left -= amount
         if self.left < 0:
-            raise SearchLimit
+            raise SearchLimitError
 
     def run(self, first: int | None) -> None:
         """All splits whose first stage is on a device of class ``first`` (None: of any)."""
@@ -153,7 +156,7 @@ class _Search:
         ideal, used, last = state
         for stage in self.next_stages(ideal):
             done = stage.ideal == self.costs.all
-            if number == self.most and not done or done and self.exactly not in (None, number):
+            if self.exactly not in (None, number) if done else number == self.most:
                 continue
             for place in self.free(used, first, number):
                 if math.isinf(stage.seconds[place]):

@@ -6,6 +6,7 @@ times and how a node is run. Any directed acyclic graph will do; a decoder's com
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -102,7 +103,9 @@ class LayerGraph:
         Raises:
             ValueError: unknown dtype, or ``shards`` below 1.
         """
-        inside = decoder_opening(config, dtype or config.dtype, config.num_kv_heads if shards is None else shards)
+        inside = decoder_opening(
+            config, dtype or config.dtype, config.num_kv_heads if shards is None else shards
+        )
         return cls(inside.nodes, inside.edges, config.family)
 
     @classmethod
@@ -112,7 +115,7 @@ class LayerGraph:
         >>> LayerGraph.chain([Node("a"), Node("b")]).edges
         (Edge(source='a', target='b', bytes=None),)
         """
-        return cls(nodes, [Edge(a.name, b.name) for a, b in zip(nodes, nodes[1:], strict=False)], name)
+        return cls(nodes, [Edge(a.name, b.name) for a, b in itertools.pairwise(nodes)], name)
 
     @cached_property
     def _by_name(self) -> dict[str, Node]:
@@ -184,6 +187,19 @@ class LayerGraph:
             for a in source.exits if source else (edge.source,):
                 edges += [Edge(a, b, edge.bytes) for b in (target.entries if target else (edge.target,))]
         return LayerGraph(nodes, edges, self.name)
+
+    def reach(self, names: Iterable[str]) -> LayerGraph:
+        """The graph opened as far as it has to be to have nodes of these names; as it is where it has them.
+
+        Names that are nowhere are left to the caller.
+        """
+        graph, wanted = self, set(names)
+        while True:
+            missing = wanted - {n.name for n in graph.nodes}
+            opens = [n.name for n in graph.nodes if n.inside is not None and missing & _inner_names(n.inside)]
+            if not opens:
+                return graph
+            graph = graph.open(*opens)
 
     def open_all(self) -> LayerGraph:
         """The graph of leaves alone."""
@@ -271,6 +287,12 @@ class LayerGraph:
         if path is not None:
             drawing.save(path)
         return drawing
+
+
+def _inner_names(inside: Opening) -> set[str]:
+    """All names inside, at any depth."""
+    names = {n.name for n in inside.nodes}
+    return names.union(*(_inner_names(n.inside) for n in inside.nodes if n.inside is not None))
 
 
 def _flow(amount: float) -> str:

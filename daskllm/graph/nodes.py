@@ -17,7 +17,9 @@ from typing import Any
 __all__ = ["Edge", "Node", "Opening", "Step", "check_amount", "elementwise", "linear"]
 
 
-def check_amount(owner: str, name: str, value: object, *, positive: bool = False, finite: bool = True) -> None:
+def check_amount(
+    owner: str, name: str, value: object, *, positive: bool = False, finite: bool = True
+) -> None:
     """Refuse a number that is missing, not a number, negative or (with ``positive``) zero.
 
     >>> check_amount("node 'a'", "weight_bytes", -1)
@@ -131,7 +133,9 @@ class Node:
             if getattr(self, name) is not None:
                 check_amount(owner, name, getattr(self, name), positive=name == "window")
         if self.tied is not None and not 0 <= self.tied[1] <= self.weight_bytes:
-            raise ValueError(f"{owner}: tied bytes ({self.tied[1]!r}) must be part of its {self.weight_bytes} weights")
+            raise ValueError(
+                f"{owner}: tied bytes ({self.tied[1]!r}) must be part of its {self.weight_bytes} weights"
+            )
         for label, amount in self.resources.items():
             check_amount(owner, f"resources[{label!r}]", amount)
 

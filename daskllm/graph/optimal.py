@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeVar
 
 from daskllm.graph.errors import PlanError
-from daskllm.graph.schedule import Builder, Cost, Placed, Problem, Schedule, greedy
+from daskllm.graph.schedule import Cost, Placed, Problem, Schedule, greedy
 
 __all__ = ["bound", "optimal"]
 
@@ -36,10 +38,10 @@ def optimal(problem: Problem, *, limit: int = 200_000) -> Schedule:
 
     Example: longest first gives 7 on two machines, the best is 6 (Graham 1969).
         >>> from daskllm.graph.schedule import Machine, Task
-        >>> tasks = tuple(Task(f"t{i}", (s, s)) for i, s in enumerate((3, 3, 2, 2, 2)))
+        >>> tasks = tuple(Task(f"t{i}", (s, s)) for i, s in enumerate((3.0, 3.0, 2.0, 2.0, 2.0)))
         >>> problem = Problem(tasks, (Machine("a"), Machine("b")))
         >>> greedy(problem).makespan, optimal(problem).makespan
-        (7, 6)
+        (7.0, 6.0)
     """
     return _Search(problem, limit).run()
 
@@ -64,7 +66,13 @@ class _Search:
     def root(self) -> _State:
         tasks, machines = len(self.problem.tasks), self.problem.machines
         return _State(
-            0, (0.0,) * tasks, (-1,) * tasks, (0.0,) * len(machines), tuple(m.memory for m in machines), 0.0, ()
+            0,
+            (0.0,) * tasks,
+            (-1,) * tasks,
+            (0.0,) * len(machines),
+            tuple(m.memory for m in machines),
+            0.0,
+            (),
         )
 
     def run(self) -> Schedule:
@@ -87,9 +95,12 @@ class _Search:
         proven = not stack
         if self.best is None:
             raise PlanError(
-                "no schedule fits the machines' memory and resources" if proven else "no schedule found in time"
+                "no schedule fits the machines' memory and resources"
+                if proven
+                else "no schedule found in time"
             )
-        end = self.best[-1] if proven else least[-1]
+        # With several priorities the best cost need not have the least makespan.
+        end = self.best[-1] if proven and len(problem.levels) == 1 else least[-1]
         if not self.steps:
             assert seed is not None
             return Schedule(seed.placed, seed.cost, end, proven)
@@ -112,10 +123,17 @@ class _Search:
             memory = problem.tasks[task].memory
             for m in self.machines:
                 seconds = problem.seconds[task][m]
-                if math.isinf(seconds) or memory > state.room[m] * (1 + 1e-12) or self._twin_is_idle(state, m):
+                if (
+                    math.isinf(seconds)
+                    or memory > state.room[m] * (1 + 1e-12)
+                    or self._twin_is_idle(state, m)
+                ):
                     continue
                 start = max(
-                    [state.free[m], *(state.finish[b] + problem.delays[b, task][state.on[b]][m] for b in before)]
+                    [
+                        state.free[m],
+                        *(state.finish[b] + problem.delays[b, task][state.on[b]][m] for b in before),
+                    ]
                 )
                 if start < state.clock:  # the same schedule is made with this task placed earlier
                     continue
@@ -174,16 +192,25 @@ class _Search:
         """Whether a state seen before is nowhere worse; if not, remember this one."""
         problem = self.problem
         live = [
-            i for i, after in enumerate(problem.after) if state.done >> i & 1 and any(not state.done >> j & 1 for j in after)
+            i
+            for i, after in enumerate(problem.after)
+            if state.done >> i & 1 and any(not state.done >> j & 1 for j in after)
         ]
         key = (state.done, tuple(state.on[i] for i in live))
         # Finishing times by level matter besides, because they are part of the cost.
         ends = tuple(
-            max((f for i, f in enumerate(state.finish) if state.done >> i & 1 and problem.priority[i] >= level), default=0.0)
+            max(
+                (
+                    f
+                    for i, f in enumerate(state.finish)
+                    if state.done >> i & 1 and problem.priority[i] >= level
+                ),
+                default=0.0,
+            )
             for level in problem.levels
         )
         vector = (*(max(f, state.clock) for f in state.free), *(state.finish[i] for i in live), *ends)
-        vector += tuple(-r for r in state.room) + (state.clock,)
+        vector += (*tuple(-r for r in state.room), state.clock)
         known = self.seen.setdefault(key, [])
         if any(all(a <= b for a, b in zip(old, vector, strict=True)) for old in known):
             return True
@@ -198,21 +225,28 @@ class _Search:
         open_ = [i for i in problem.order if not state.done >> i & 1]
         free = [max(f, state.clock) for f in state.free]
         for i in open_:
-            ready[i] = [max(free[m], *(self._arrival(state, ready, b, i, m) for b in problem.before[i]), 0.0) for m in self.machines]
+            ready[i] = [
+                max(free[m], *(self._arrival(state, ready, b, i, m) for b in problem.before[i]), 0.0)
+                for m in self.machines
+            ]
         found = []
         for level, tails in zip(problem.levels, self.tails, strict=True):
-            ends = [f for i, f in enumerate(state.finish) if state.done >> i & 1 and problem.priority[i] >= level]
+            ends = [
+                f for i, f in enumerate(state.finish) if state.done >> i & 1 and problem.priority[i] >= level
+            ]
             left = [i for i in open_ if problem.priority[i] >= level]
             ends += [
-                min(r + s + t for r, s, t in zip(ready[i], problem.seconds[i], tails[i], strict=True)) for i in left
+                min(r + s + t for r, s, t in zip(ready[i], problem.seconds[i], tails[i], strict=True))
+                for i in left
             ]
             if left:
-                # Idle machines only help, so the least work left is shared over all of them.
-                ends.append((sum(free) + sum(self.least[i] for i in left)) / len(free) if len(left) >= len(free) else 0.0)
+                ends.append(_filled(free, sum(self.least[i] for i in left)))
             found.append(max(ends, default=0.0))
         return tuple(found)
 
-    def _arrival(self, state: _State, ready: list[list[float]], source: int, target: int, machine: int) -> float:
+    def _arrival(
+        self, state: _State, ready: list[list[float]], source: int, target: int, machine: int
+    ) -> float:
         """When the result of one task can be on a machine at the earliest."""
         delay = self.problem.delays[source, target]
         if state.done >> source & 1:
@@ -235,5 +269,22 @@ class _Search:
         return tails
 
 
-def _with(values: tuple[float, ...], place: int, value: float) -> tuple[float, ...]:  # type: ignore[type-arg]
+def _filled(free: list[float], work: float) -> float:
+    """When ``work`` is done at the earliest if machines that become free then could share it at will.
+
+    >>> _filled([0.0, 4.0, 9.0], 6.0)
+    5.0
+    """
+    begun = 0.0
+    for count, (start, following) in enumerate(pairwise([*sorted(free), math.inf]), 1):
+        begun += start
+        if (begun + work) / count <= following:
+            return (begun + work) / count
+    return math.inf
+
+
+_T = TypeVar("_T")
+
+
+def _with(values: tuple[_T, ...], place: int, value: _T) -> tuple[_T, ...]:
     return (*values[:place], value, *values[place + 1 :])

@@ -10,6 +10,7 @@ next lower priority is looked at: costs are compared priority by priority, the t
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from bisect import insort
 from collections.abc import Callable, Mapping, Sequence
@@ -101,7 +102,13 @@ class Problem:
         devices, graph = costs.cluster.devices, costs.graph
         hops = 2 if costs.cluster.transfers == "host" else 1
         tasks = tuple(
-            Task(n.name, tuple(row[i] for row in costs.seconds), n.priority, n.resources, costs.memory(1 << i).total)
+            Task(
+                n.name,
+                tuple(row[i] for row in costs.seconds),
+                n.priority,
+                n.resources,
+                costs.memory(1 << i).total,
+            )
             for i, n in enumerate(costs.nodes)
         )
         edges: dict[tuple[str, str], _Delay] = {}
@@ -168,7 +175,8 @@ class Problem:
         count = range(len(self.machines))
         return {
             (self.index[a], self.index[b]): [
-                [0.0 if p == q else float(d if isinstance(d, (int, float)) else d[p][q]) for q in count] for p in count
+                [0.0 if p == q else float(d if isinstance(d, (int, float)) else d[p][q]) for q in count]
+                for p in count
             ]
             for (a, b), d in self.edges.items()
         }
@@ -230,11 +238,11 @@ class Schedule:
                 raise ValueError(f"task {y.task!r} starts before the result of {x.task!r} is there")
         for machine in problem.machines:
             run = sorted((p.start, p.finish) for p in self.placed if p.machine == machine.name)
-            if any(b[0] < a[1] - 1e-9 for a, b in zip(run, run[1:], strict=False)):
+            if any(b[0] < a[1] - 1e-9 for a, b in itertools.pairwise(run)):
                 raise ValueError(f"two tasks run at once on {machine.name!r}")
-            if sum(problem.tasks[problem.index[p.task]].memory for p in self.placed if p.machine == machine.name) > (
-                machine.memory * (1 + 1e-12)
-            ):
+            if sum(
+                problem.tasks[problem.index[p.task]].memory for p in self.placed if p.machine == machine.name
+            ) > (machine.memory * (1 + 1e-12)):
                 raise ValueError(f"the tasks on {machine.name!r} do not fit its memory")
 
 
@@ -255,7 +263,8 @@ class Builder:
         if math.isinf(seconds) or problem.tasks[task].memory > self._room[machine] * (1 + 1e-12):
             return math.inf
         ready = max(
-            (self.finish[b] + problem.delays[b, task][self.on[b]][machine] for b in problem.before[task]), default=0.0
+            (self.finish[b] + problem.delays[b, task][self.on[b]][machine] for b in problem.before[task]),
+            default=0.0,
         )
         for begin, end in self._busy[machine]:
             if ready + seconds <= begin:
@@ -338,7 +347,9 @@ def greedy(problem: Problem) -> Schedule:
     if built is None and not problem.edges:
         built = list_schedule(problem, [t.memory for t in problem.tasks])
     if built is None:
-        homeless = [t.name for t, row in zip(problem.tasks, problem.seconds, strict=True) if all(map(math.isinf, row))]
+        homeless = [
+            t.name for t, row in zip(problem.tasks, problem.seconds, strict=True) if all(map(math.isinf, row))
+        ]
         raise PlanError(
             f"task {homeless[0]!r} fits no machine: check its resources and memory"
             if homeless

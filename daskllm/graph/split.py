@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias, get_args
 
 from daskllm.graph.cost import CostModel, Objective
 from daskllm.graph.errors import PlanError, explain_impossible
-from daskllm.graph.exact import Cut, SearchLimit, best_cut
+from daskllm.graph.exact import Cut, SearchLimitError, best_cut
 
 __all__ = ["SPLITTERS", "Split", "Splitter", "lower_bound", "split"]
 
@@ -39,10 +39,10 @@ class Split:
         return self.objective.value(self.costs.loads(self.cut))
 
     @property
-    def stages(self) -> tuple[tuple[tuple[str, ...], str], ...]:
-        """(names of the nodes, name of the device) for each stage."""
+    def stages(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """(device, names of its nodes) for each stage."""
         devices = self.costs.cluster.devices
-        return tuple((self.costs.names(nodes), devices[device].name) for nodes, device in self.cut)
+        return tuple((devices[device].name, self.costs.names(nodes)) for nodes, device in self.cut)
 
 
 def split(costs: CostModel, objective: Objective, method: str = "exact", stages: int | None = None) -> Split:
@@ -91,7 +91,7 @@ def _exact(costs: CostModel, objective: Objective, stages: int | None) -> Split:
     seed = _first_fitting(costs, objective, count, _fill) or _first_fitting(costs, objective, count, _bisect)
     try:
         cut = best_cut(costs, objective, stages=stages, incumbent=seed)
-    except SearchLimit:
+    except SearchLimitError:
         raise PlanError(
             f"the graph's {len(costs.nodes)} layers allow too many splits over {len(costs.cluster.devices)} "
             'devices for splitter="exact"; use "recursive" or "greedy", or a graph that is opened less'
@@ -194,7 +194,7 @@ def _fill(costs: CostModel, devices: Sequence[int]) -> list[int] | None:
         end, done = start + 1, work[start]
         while end < last and costs.fits(_run(start, end + 1), device):
             # ``room`` knows how far the later devices reach back: before that, this one must go on.
-            if end >= room[number + 1] and abs(done + work[end] - share) >= abs(done - share):
+            if end >= room[number + 1] and abs(done + work[end] - share) > abs(done - share):
                 break
             done += work[end]
             end += 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Number
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -55,7 +55,7 @@ class Call:
 
     spec: ModelSpec
     kind: Kind
-    params: SamplingParams = SamplingParams()
+    params: SamplingParams = field(default_factory=SamplingParams)
     job_seed: int = 0
     labels: tuple[Hashable, ...] = ()
     template: PromptTemplate | None = None
@@ -90,6 +90,8 @@ class Call:
             return error
 
     def _from_cell(self, cell: Any) -> Prompt:
+        if isinstance(cell, Number):
+            cell = str(cell)
         if isinstance(cell, str):
             return self._with_context(_user_turn(cell)) if self.kind == "chat" else cell
         if self.kind == "chat":
@@ -98,8 +100,6 @@ class Call:
             return _token_ids(cell)
         if _is_null(cell):
             raise RowError("the prompt is null")
-        if isinstance(cell, Number):
-            return str(cell)
         raise RowError(f"a prompt is text or a list of token ids, not {type(cell).__name__}")
 
     def _with_context(self, messages: list[Message]) -> list[Message]:
@@ -127,8 +127,8 @@ def _user_turn(cell: str) -> list[Message]:
     # Dask turns object columns to text by default, message lists included; their text is no question.
     if cell.startswith(("[{'role'", '[{"role"')) and cell.endswith("}]"):
         raise RowError(
-            "the cell is the text of a message list, not the list: parse it, or, where dask made it so, build "
-            "the frame under dask.config.set({'dataframe.convert-string': False})"
+            "the cell is the text of a message list, not the list: parse it, or, where Dask made it text, "
+            "build the frame under dask.config.set({'dataframe.convert-string': False})"
         )
     return [{"role": "user", "content": cell}]
 

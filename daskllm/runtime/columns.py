@@ -32,7 +32,7 @@ from daskllm.types import Completion
 if TYPE_CHECKING:
     from daskllm.session import Score
 
-__all__ = ["attach", "completion_columns", "labels_of", "names", "score_columns"]
+__all__ = ["attach", "cells", "columns_of", "labels_of", "names"]
 
 # The dtype that pandas 3 infers for text.
 TEXT = pd.StringDtype(na_value=np.nan)
@@ -51,19 +51,23 @@ def names(call: Call) -> tuple[str, ...]:
 
 
 def labels_of(added: Sequence[str], columns: pd.Index) -> list[Hashable]:
-    """The labels of added columns: the names, or with ``columns`` of several levels tuples filled up with ""."""
+    """The labels of added columns: the names; where ``columns`` has levels, tuples filled up with ""."""
     if columns.nlevels == 1:
         return list(added)
     return [(name, *[""] * (columns.nlevels - 1)) for name in added]
 
 
-def completion_columns(rows: Sequence[Sequence[Completion]], call: Call) -> Columns:
-    """Columns of generated answers: one inner list of ``call.params.n`` samples for each row."""
+def columns_of(answers: Sequence[Any], call: Call) -> Columns:
+    """The columns that a call adds, from one `Score` or one list of ``call.params.n`` samples per row."""
+    return _score_columns(answers, call) if call.kind == "score" else _completion_columns(answers, call)
+
+
+def _completion_columns(rows: Sequence[Sequence[Completion]], call: Call) -> Columns:
     params = call.params
     one = params.n == 1
     errors = [next((c.error for c in samples if c.error is not None), None) for samples in rows]
 
-    def cells(value: Callable[[Completion], Any], *, null: bool) -> list[Any]:
+    def each(value: Callable[[Completion], Any], *, null: bool) -> list[Any]:
         return [
             None
             if null and error is not None
@@ -75,25 +79,31 @@ def completion_columns(rows: Sequence[Sequence[Completion]], call: Call) -> Colu
 
     text = _text if one else _objects
     columns = (
-        text(cells(lambda c: c.text, null=True)),
-        text(cells(lambda c: c.finish_reason, null=False)),
+        text(each(lambda c: c.text, null=True)),
+        text(each(lambda c: c.finish_reason, null=False)),
         np.array([samples[0].prompt_tokens for samples in rows], dtype="int64"),
         np.array([sum(c.completion_tokens for c in samples) for samples in rows], dtype="int64"),
         _text(errors),
     )
     if params.logprobs is not None:
-        columns = (*columns, _objects(cells(_chosen_logprobs, null=True)))
+        columns = (*columns, _objects(each(_chosen_logprobs, null=True)))
     return dict(zip(names(call), columns, strict=True))
 
 
-def score_columns(scores: Sequence[Score], call: Call) -> Columns:
-    """Columns of scored texts."""
+def _score_columns(scores: Sequence[Score], call: Call) -> Columns:
     columns = (
         np.array([np.nan if s.error is not None else s.logprob for s in scores], dtype="float64"),
         np.array([s.tokens for s in scores], dtype="int64"),
         _text([s.error for s in scores]),
     )
     return dict(zip(names(call), columns, strict=True))
+
+
+def cells(table: pd.DataFrame, labels: Sequence[Hashable]) -> list[tuple[Any, ...]]:
+    """For every row its cells under ``labels``, as Python's own types where pandas has them."""
+    if not labels:
+        return [()] * len(table)
+    return list(zip(*(table[label].tolist() for label in labels), strict=True))
 
 
 def attach(table: pd.DataFrame, columns: Columns) -> pd.DataFrame:

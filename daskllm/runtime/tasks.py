@@ -6,7 +6,7 @@ It refuses to know how a graph is built.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,23 +14,16 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from daskllm.runtime.call import Call, Place
-from daskllm.runtime.columns import attach, completion_columns, labels_of, score_columns
+from daskllm.runtime.columns import attach, cells, columns_of, labels_of
 from daskllm.runtime.process import session_for
 from daskllm.runtime.progress import Reporter
 from daskllm.runtime.worker import current_task
-from daskllm.types import Completion
+from daskllm.types import Prompt
 
 if TYPE_CHECKING:
-    from daskllm.session import ModelSpec, Score, Session
+    from daskllm.session import ModelSpec, Session
 
-__all__ = [
-    "PLACE",
-    "answer_bag",
-    "answer_table",
-    "complete",
-    "number_rows",
-    "score",
-]
+__all__ = ["PLACE", "answer_bag", "answer_rows", "answer_table", "number_rows", "plain"]
 
 PLACE = "__daskllm_place__"
 """The column that carries each row's place past a filter: partition << 32 | row, int64."""
@@ -46,60 +39,58 @@ def number_rows(table: pd.DataFrame, number: int) -> pd.DataFrame:
 def answer_table(table: pd.DataFrame, call: Call) -> pd.DataFrame:
     """``table`` with the call's columns added; its places come from the column `PLACE` where it has one."""
     rest, places = _take_places(table)
-    if not len(rest):
-        return attach(rest, _columns((), call, None))
-    return attach(rest, _columns(_cells(rest, call.labels), call, places))
+    return attach(rest, columns_of(answer_rows(cells(rest, call.labels), call, places), call))
 
 
-def answer_bag(rows: Sequence[Any], numbers: Sequence[int], call: Call) -> list[Any]:
-    """The answers of one partition of a Bag, in order; ``numbers`` holds the partition's number alone."""
-    rows = list(rows)
+def answer_bag(items: Iterable[Any], numbers: Iterable[int], call: Call) -> list[Any]:
+    """The answers to one partition of a Bag, in order; ``numbers`` holds the partition's number alone."""
     (number,) = numbers
-    places = [(number, row) for row in range(len(rows))]
+    rows = [(item,) for item in items]
+    answers = answer_rows(rows, call, [(number, row) for row in range(len(rows))])
+    return [plain(answer, call) for answer in answers]
+
+
+def plain(answer: Any, call: Call) -> Any:
+    """What a user sees of one row's answer: a score's number, one sample's `Completion`, or n of them."""
     if call.kind == "score":
-        return [one.logprob if one.error is None else float("nan") for one in score(rows, call)]
-    answers = complete(rows, call, places)
-    return [samples[0] for samples in answers] if call.params.n == 1 else answers
+        return answer.logprob if answer.error is None else float("nan")
+    return answer[0] if call.params.n == 1 else answer
 
 
-def complete(cells: Sequence[Any], call: Call, places: Sequence[Place] | None) -> list[list[Completion]]:
-    """Each cell's samples, in order."""
-    return _complete([(cell,) for cell in cells], call, places)
+def answer_rows(rows: Sequence[Sequence[Any]], call: Call, places: Sequence[Place]) -> Sequence[Any]:
+    """For each row its `Score`, or the list of its samples, in order.
 
+    Args:
+        rows: for each row the cells of ``call.labels``.
+        places: for each row where its draws start, if ``call.by_place``.
 
-def score(cells: Sequence[Any], call: Call) -> list[Score]:
-    """Each cell's score, in order."""
-    return _score([(cell,) for cell in cells], call)
-
-
-def _columns(rows: Sequence[Sequence[Any]], call: Call, places: Sequence[Place] | None) -> dict[str, Any]:
-    if call.kind == "score":
-        return score_columns(_score(rows, call), call)
-    return completion_columns(_complete(rows, call, places), call)
-
-
-def _complete(
-    rows: Sequence[Sequence[Any]], call: Call, places: Sequence[Place] | None
-) -> list[list[Completion]]:
+    Raises:
+        InterruptedError: the Dask task that waits for the rows was cancelled.
+    """
     if not rows:
-        return []
-    with _watched(call.spec) as run:
-        return run.session.generate(
-            call.prompts(rows, run.session.tokenizer),
-            call.params,
-            job_seed=call.job_seed,
-            places=places,
-            progress=run.report,
-            cancelled=run.cancelled,
-        )
-
-
-def _score(rows: Sequence[Sequence[Any]], call: Call) -> list[Score]:
-    if not rows:
-        return []
+        return ()
     with _watched(call.spec) as run:
         prompts = call.prompts(rows, run.session.tokenizer)
-        return run.session.score(prompts, cancelled=run.cancelled, progress=run.report)
+        while True:
+            try:
+                return _answers(run, prompts, call, places)
+            except InterruptedError:
+                # A task that is cancelled and asked for again stays the same task: it is still to be done.
+                if run.cancelled():
+                    raise
+
+
+def _answers(run: _Run, prompts: list[Prompt], call: Call, places: Sequence[Place]) -> Sequence[Any]:
+    if call.kind == "score":
+        return run.session.score(prompts, progress=run.report, cancelled=run.cancelled)
+    return run.session.generate(
+        prompts,
+        call.params,
+        job_seed=call.job_seed,
+        places=places,
+        progress=run.report,
+        cancelled=run.cancelled,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +128,3 @@ def _take_places(table: pd.DataFrame) -> tuple[pd.DataFrame, list[Place]]:
     mask = (1 << _ROW_BITS) - 1
     places = [(place >> _ROW_BITS, place & mask) for place in table[label].tolist()]
     return table.drop(columns=[label]), places
-
-
-def _cells(table: pd.DataFrame, labels: Sequence[Hashable]) -> list[tuple[Any, ...]]:
-    if not labels:
-        return [()] * len(table)
-    return list(zip(*(table[label].tolist() for label in labels), strict=True))

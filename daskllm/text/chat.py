@@ -1,8 +1,8 @@
 """A model's chat template: messages → text, and which control tokens of that text are the template's own.
 
-Owns: the sandbox, what a template can call, and the provenance of control tokens. Templates come with models, so they
-are not trusted: they run in jinja2's immutable sandbox and see nothing but plain JSON values. Messages come from
-users, so they are not trusted either: a control token spelled in one is text.
+Owns: the sandbox, what a template can call, and the provenance of control tokens. Templates come with models,
+so they are not trusted: they run in jinja2's immutable sandbox and see nothing but plain JSON values.
+Messages come from users, so they are not trusted either: a control token spelled in one is text.
 
 Knows nothing of ids: :meth:`ChatTemplate.render_marked` gives a text in which the template's tokens carry the
 stand-ins that its caller chose.
@@ -34,9 +34,9 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class _Generation(Extension):
-    """``{% generation %} … {% endgeneration %}`` marks what a model is trained on; here it is only its body."""
+    """``{% generation %} … {% endgeneration %}`` marks what is trained on; only its body counts."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -127,17 +127,17 @@ class ChatTemplate:
     ) -> tuple[str, bool]:
         """The text of a chat, and whether the stand-ins of the control tokens are in it.
 
-        Where no string of the user comes near a control token, the text is that of :meth:`render` and the second
-        value False: each control token in it is the template's. Otherwise the template's tokens appear as their
-        stand-ins, those of the user as they were written, and the second value is True.
+        Where no string of the user comes near a control token, the text is that of :meth:`render` and the
+        second value False: each control token in it is the template's. Otherwise the template's tokens appear
+        as their stand-ins, those of the user as they were written, and the second value is True.
 
         Args:
             arguments: what :func:`plain_arguments` made.
             fold: what else is done to a text before control tokens are looked for in it.
 
         Raises:
-            RowError: as :meth:`render`; or the template reads a spelled control token in such a way that it cannot be
-                told from its own.
+            RowError: as :meth:`render`; or the template reads a spelled control token in such a way that it
+                cannot be told from its own.
         """
         now = datetime.now()
         text = self._render(self._plain, self._names, arguments, now)
@@ -147,8 +147,8 @@ class ChatTemplate:
         beside = self._owned_by_absence(text, arguments, now)
         if owned is None and beside is None:
             raise RowError(
-                "a message spells a control token of the model, and the chat template reads it in a way that cannot "
-                "be told from its own; take it out of the message"
+                "a message spells a control token of the model, and the chat template reads it in a way that "
+                "cannot be told from its own; take it out of the message"
             )
         return self._placed(text, (owned or []) + (beside or [])), True
 
@@ -157,8 +157,8 @@ class ChatTemplate:
     ) -> list[tuple[int, int]] | None:
         """Spans of ``text`` that come from the template's literals, by rendering it with those marked.
 
-        The template sees the messages as they are, so that what it does with a spelled ``</think>`` it does here too.
-        Misses tokens that it puts together from parts. None when the marks change what is rendered.
+        The template sees the messages as they are, so that what it does with a spelled ``</think>`` it does
+        here too. Misses tokens that it puts together from parts. None when the marks change what is rendered.
         """
         names = {name: self._with_stand_ins(value) for name, value in self._names.items()}
         try:
@@ -261,7 +261,7 @@ class _Spelled:
 
 
 def _mark(node: nodes.Node, emits: bool, mark: Callable[[str], str]) -> None:
-    """Mark the literals below ``node`` that go into the text; those that are compared or searched for stay."""
+    """Mark the literals below ``node`` that are written; those compared or searched for stay."""
     if isinstance(node, nodes.TemplateData):
         node.data = mark(node.data)
     elif isinstance(node, nodes.Const):
@@ -297,10 +297,11 @@ def _mark_all(children: Iterable[nodes.Node], emits: bool, mark: Callable[[str],
 
 
 def plain_arguments(messages: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables of a template, rebuilt from plain JSON values so that it can reach no object of the caller's.
+    """The variables of a template, rebuilt from plain JSON values so that it can reach no object of the
+    caller's.
 
-    Keys that hold None are left out of messages (tables and APIs write them where templates expect no key), and the
-    names under which reasoning travels are made one another's aliases, as transformers does.
+    Keys that hold None are left out of messages (tables and APIs write them where templates expect no key),
+    and the names under which reasoning travels are made one another's aliases, as transformers does.
 
     Raises:
         RowError: ``messages`` is not a list of messages with role and content, or holds a lone surrogate.

@@ -3,12 +3,12 @@
 Owns: which file says what, and which one wins. Knows the JSON, not what it does: nothing is tokenised here.
 
 Files (https://huggingface.co/docs/transformers/main_classes/tokenizer): ``tokenizer.json`` is the tokenizer;
-``tokenizer_config.json`` names the special tokens and may hold chat templates; ``special_tokens_map.json`` names
-them too in directories whose config lists no ``added_tokens_decoder``; ``chat_template.jinja`` and
+``tokenizer_config.json`` names the special tokens and may hold chat templates; ``special_tokens_map.json``
+names them too in directories whose config lists no ``added_tokens_decoder``; ``chat_template.jinja`` and
 ``additional_chat_templates/NAME.jinja`` hold templates and win over the config's.
 
-The flags ``add_bos_token`` and ``add_eos_token`` are not read: beside a ``tokenizer.json`` its post-processor is the
-one that counts, as in transformers 5.
+The flags ``add_bos_token`` and ``add_eos_token`` are not read: beside a ``tokenizer.json`` its post-processor
+is the one that counts, as in transformers 5.
 """
 
 from __future__ import annotations
@@ -165,6 +165,6 @@ def _templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
         return {str(entry["name"]): str(entry["template"]) for entry in template}
     except (KeyError, TypeError) as error:
         raise ModelError(
-            f"{path / 'tokenizer_config.json'}: chat_template must be a string or a list of objects with name and "
-            f"template, not {template!r:.80}"
+            f"{path / 'tokenizer_config.json'}: chat_template must be a string or a list of objects with "
+            f"name and template, not {template!r:.80}"
         ) from error

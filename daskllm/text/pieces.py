@@ -1,9 +1,9 @@
 """What each token id adds to a text, as bytes.
 
-Owns: the decoder of ``tokenizer.json``, seen one token at a time. A text is the bytes of its tokens joined and read as
-UTF-8, so decoding a row costs a table look-up per token, whether the row is decoded at its end or streamed, and both
-give the same text. Only decoders in which a token's bytes depend on nothing but the token, and on whether it is the
-first, are supported; the others are refused by name.
+Owns: the decoder of ``tokenizer.json``, seen one token at a time. A text is the bytes of its tokens joined
+and read as UTF-8, so decoding a row costs a table look-up per token, whether the row is decoded at its end or
+streamed, and both give the same text. Only decoders in which a token's bytes depend on nothing but the token,
+and on whether it is the first, are supported; the others are refused by name.
 
 The two ways to write bytes as tokens: GPT-2's, in which every byte is a printable character
 (https://github.com/openai/gpt-2/blob/master/src/encoder.py), and sentencepiece's, ``<0xE4>``.
@@ -11,7 +11,6 @@ The two ways to write bytes as tokens: GPT-2's, in which every byte is a printab
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -45,7 +44,7 @@ class Pieces:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._decoder = vocabulary.data.decoder
-        kinds = _kinds(json.loads(vocabulary.data.to_str(pretty=False))["decoder"]) if self._decoder else []
+        kinds = _kinds(vocabulary.decoder)
         if unknown := sorted(set(kinds) - _LOCAL):
             raise ModelError(
                 f"tokenizer.json has a decoder of type {unknown[0]!r}; supported: {', '.join(sorted(_LOCAL))}"
@@ -57,7 +56,7 @@ class Pieces:
         self._later: dict[int, bytes | None] = {}
 
     def of(self, id_: int, *, first: bool) -> bytes | None:
-        """The bytes that token ``id_`` adds; None for an id that the vocabulary lacks, which counts as no token."""
+        """The bytes that token ``id_`` adds; None for an id not in the vocabulary, which is no token."""
         table = self._first if first else self._later
         try:
             return table[id_]
@@ -114,6 +113,6 @@ class Pieces:
 def _kinds(decoder: dict[str, Any] | None) -> list[str]:
     if decoder is None:
         return []
-    if decoder["type"] == "Sequence":
+    if decoder.get("type") == "Sequence":
         return [kind for part in decoder["decoders"] for kind in _kinds(part)]
-    return [str(decoder["type"])]
+    return [str(decoder.get("type"))]

@@ -1,7 +1,7 @@
 """What a row asks: its prompt, with a system text and worked examples around it.
 
-Owns few-shot prompting. For a model with a chat template, system text and examples become messages. For one without,
-they become plain text, in this layout (system text and examples only where given)::
+Owns few-shot prompting. For a model with a chat template, system text and examples become messages. For one
+without, they become plain text, in this layout (system text and examples only where given)::
 
     {system}
 
@@ -37,8 +37,8 @@ def checked_examples(examples: Any, template: PromptTemplate | None = None) -> t
     """The ``examples=`` of a call as pairs of text, checked before any work.
 
     Args:
-        examples: (input, output) pairs, or None. An input is text that is taken as it is, or a mapping that fills
-            ``template``, as a row would.
+        examples: (input, output) pairs, or None. An input is text that is taken as it is, or a mapping that
+            fills ``template``, as a row would.
         template: the call's prompt.
 
     Raises:

@@ -15,8 +15,8 @@ __all__ = ["Detokenizer"]
 class Detokenizer:
     """Turns the ids of one text into pieces whose join is :meth:`Tokenizer.decode` of all of them.
 
-    A piece never holds part of a character: bytes wait until it is whole. The cost of an id does not depend on how
-    many came before it.
+    A piece never holds part of a character: bytes wait until it is whole. The cost of an id does not depend
+    on how many came before it.
 
     Args:
         tokenizer: whose ids.
@@ -41,7 +41,10 @@ class Detokenizer:
         return text
 
     def flush(self) -> str:
-        """End the text. An unfinished character is dropped, as in :meth:`Tokenizer.decode`; so this is always ""."""
+        """End the text, and be ready for another.
+
+        An unfinished character is dropped, as in :meth:`Tokenizer.decode`; so this is always "".
+        """
         self._waiting = b""
         self._first = True
         return ""

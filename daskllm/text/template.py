@@ -1,6 +1,7 @@
 """Prompt templates over the columns of a table.
 
-Owns: the little language of ``"Translate: {text}"`` and what a cell must be to go into a prompt. It imports no table
+Owns: the little language of ``"Translate: {text}"`` and what a cell must be to go into a prompt. It imports
+no table
 library: columns are names, cells are values.
 """
 
@@ -50,7 +51,8 @@ class PromptTemplate:
         Raises:
             TypeError: the prompt is no str.
             KeyError: it names a column that is not there, or none at all.
-            ValueError: a field is not plain (``{a.b}``, ``{a!r}``, ``{a:>3}``, ``{}``), or a brace stands alone.
+            ValueError: a field is not plain (``{a.b}``, ``{a!r}``, ``{a:>3}``, ``{}``), or a brace stands
+                alone.
         """
         if not isinstance(prompt, str):
             raise TypeError(f"prompt must be a column name or a template, not {prompt!r}")
@@ -75,7 +77,8 @@ class PromptTemplate:
             values: column → cell; text, and numbers by ``str()``.
 
         Raises:
-            RowError: a used cell is null or neither text nor number, or the prompt is empty or no valid Unicode.
+            RowError: a used cell is null or neither text nor number, or the prompt is empty or no valid
+            Unicode.
             KeyError: ``values`` lacks a column.
         """
         parts = list(self.parts)
@@ -97,7 +100,8 @@ def _split(prompt: str, columns: Collection[Any]) -> list[str]:
             literal += match[0][0]
         elif match[1] is None:
             raise ValueError(
-                f"prompt has a lone {match[0]!r} at position {match.start()}; write {match[0] * 2} for a brace"
+                f"prompt has a lone {match[0]!r} at position {match.start()}; "
+                f"write {match[0] * 2} for a brace"
             )
         else:
             _check_field(match[1], columns)
@@ -111,8 +115,8 @@ def _check_field(name: str, columns: Collection[Any]) -> None:
         return
     if not name.strip() or any(sign in name for sign in ".[]!:"):
         raise ValueError(
-            f"prompt field {{{name}}} is not a plain {{name}}: formats, conversions, attributes and indexes are not "
-            "taken; write {{ and }} for braces"
+            f"prompt field {{{name}}} is not a plain {{name}}: formats, conversions, attributes and indexes "
+            "are not taken; write {{ and }} for braces"
         )
     raise KeyError(f"no column {name!r} for prompt field {{{name}}}; the columns are {_listed(columns)}")
 

@@ -1,10 +1,11 @@
 """Text and chats to token ids, and back.
 
-Owns the meeting of a directory's files, its vocabulary, its chat template and its decoder. It knows neither models nor
-tables.
+Owns the meeting of a directory's files, its vocabulary, its chat template and its decoder. It knows neither
+models nor tables.
 
-Text is data: whatever a string spells, :meth:`Tokenizer.encode` gives plain tokens, with the beginning and end tokens
-that the directory's post-processor adds. Control tokens come from chat templates and from token ids alone.
+Text is data: whatever a string spells, :meth:`Tokenizer.encode` gives plain tokens, with the beginning and
+end tokens that the directory's post-processor adds. Control tokens come from chat templates and from token
+ids alone.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ class Tokenizer:
     ) -> list[list[int] | RowError]:
         """Token ids of many texts, in order; a text that cannot be encoded has its RowError in its place.
 
-        The tokenizers library works on all cores unless ``TOKENIZERS_PARALLELISM`` or ``RAYON_NUM_THREADS`` say less.
+        The tokenizers library works on all cores unless ``TOKENIZERS_PARALLELISM`` or ``RAYON_NUM_THREADS``
+        say less.
         """
         found: list[list[int] | RowError] = []
         good: list[str] = []
@@ -103,8 +105,9 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids.
 
-        Bytes that cannot be part of a character become U+FFFD; the bytes of a character that is not finished at the
-        end are left out, so that the text of a row that was cut at ``max_tokens`` ends in whole characters.
+        Bytes that cannot be part of a character become U+FFFD; the bytes of a character that is not finished
+        at the end are left out, so that the text of a row that was cut at ``max_tokens`` ends in whole
+        characters.
 
         Args:
             ids: token ids; those the vocabulary lacks add nothing.
@@ -120,7 +123,7 @@ class Tokenizer:
         return [id_ for id_ in ids if id_ not in special]
 
     def piece(self, id_: int, *, first: bool) -> bytes | None:
-        """The bytes that a token adds to a text, as its first token or a later one; None for an unknown id."""
+        """The bytes that a token adds to a text, as its first or a later one; None for an unknown id."""
         return self._pieces.of(id_, first=first)
 
     def render_chat(self, messages: Any, *, add_generation_prompt: bool = True, **options: Any) -> str:
@@ -140,15 +143,17 @@ class Tokenizer:
         return template.render(arguments)
 
     def encode_chat(self, messages: Any, *, add_generation_prompt: bool = True, **options: Any) -> list[int]:
-        """Token ids of a chat: control tokens that the template writes are parsed, those in messages are text.
+        """Token ids of a chat: control tokens that the template writes are parsed, those in messages are
+        text.
 
         Arguments and errors as for :meth:`render_chat`.
         """
         template = self._template(options)
         arguments = plain_arguments(messages, {**options, "add_generation_prompt": add_generation_prompt})
         text, marked = template.render_marked(arguments, self._fold)
-        tokenizer = self._vocabulary.data if marked else self._vocabulary.whole
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        if marked:
+            return self._vocabulary.encode_marked(text)
+        ids: list[int] = self._vocabulary.whole.encode(text, add_special_tokens=False).ids
         return ids
 
     @cached_property
@@ -159,14 +164,14 @@ class Tokenizer:
     def _template(self, options: dict[str, Any]) -> ChatTemplate:
         if not self._templates:
             raise ValueError(
-                f"the model in {self._path} has no chat template, so it takes text, not messages: use generate() with "
-                "a prompt, or put a chat_template.jinja into the directory"
+                f"the model in {self._path} has no chat template, so it takes text, not messages: "
+                "use generate() with a prompt, or put a chat_template.jinja into the directory"
             )
         if options.get("tools") is not None and "tool_use" in self._templates:
             return self._templates["tool_use"]
         if "default" not in self._templates:
             raise ValueError(
-                f"the model in {self._path} has the chat templates {', '.join(sorted(self._templates))} and none is "
-                "named default: put the one to use into the directory as chat_template.jinja"
+                f"the model in {self._path} has the chat templates {', '.join(sorted(self._templates))} "
+                "and none is named default: put the one to use into the directory as chat_template.jinja"
             )
         return self._templates["default"]

@@ -1,10 +1,10 @@
 """A tokenizer in which text cannot spell a control token.
 
-Owns: the line between words and control tokens. An added token is a *control token* (``<|im_end|>``, ``</s>``,
-``<think>``) unless it is one of the model's own words, see :func:`_is_word`. The tokenizer built here has every
+Owns: the line between words and control tokens. An added token is a *control token* (``<|im_end|>``,
+``</s>``, ``<think>``) unless it steers nothing, see :func:`_is_ordinary`. The tokenizer built here has every
 control token under a stand-in name that holds a random number, in the list of added tokens and in the model's
-vocabulary alike, ids unchanged. So a string from a user gives plain pieces whatever it spells, with any model type,
-and only a caller who puts the stand-in into a text gets the control token's id.
+vocabulary alike, ids unchanged. So a string from a user gives plain pieces whatever it spells, with any model
+type, and only a caller who puts the stand-in into a text gets the control token's id.
 
 Knows nothing of chats and templates.
 """
@@ -37,41 +37,57 @@ class Vocabulary:
         special_ids: ids that are left out of decoded text.
         size: entries with those of the added tokens.
         pattern: matches a control token as the tokenizers library would: leftmost, then longest.
+        decoder: what ``tokenizer.json`` says of turning tokens into text.
+        normalizes: whether text is changed before some control tokens are looked for in it.
     """
 
     def __init__(self, files: TokenizerFiles) -> None:
         self._files = files
+        self.decoder: dict[str, Any] | None = files.pipeline.get("decoder")
         model = files.pipeline["model"]
-        words = _words(model)
-        made = _made_by_merges(model)
-        control = [token for token in files.added if not _is_word(token, model, words, made)]
+        letters = _letters(model)
+        control = [token for token in files.added if not _is_ordinary(token, letters)]
+        # Words of the model that are added tokens too: text reaches their ids by merging letters.
+        self._words = _made_by_merges(model, {token.content for token in control if not token.special})
         nonce = secrets.token_hex(12)
         # Lower-case letters and digits: normalizers leave them alone. A fixed length: none begins another.
         self.stand_ins = {token.content: f"q{nonce}{index:06d}q" for index, token in enumerate(control)}
         self.data = self._build(self.stand_ins)
         ids = {token.content: id_ for id_, token in self.data.get_added_tokens_decoder().items()}
-        self.control = {token.content: ids[self.stand_ins[token.content]] for token in control}
+        vocab = _ids(model)
+        self._aliases = {ids[self.stand_ins[word]]: vocab[word] for word in self._words}
+        found = {token.content: ids[self.stand_ins[token.content]] for token in control}
+        self.control = {content: self._aliases.get(id_, id_) for content, id_ in found.items()}
         special = [token.content for token in files.added if token.special]
         self.special_ids = frozenset(ids[self.stand_ins.get(content, content)] for content in special)
-        self.size: int = self.data.get_vocab_size(with_added_tokens=True)
+        self.size: int = self.data.get_vocab_size(with_added_tokens=True) - len(self._words)
         self.pattern = re.compile(_alternatives(control))
         self.normalizes = any(token.normalized for token in control) and self.data.normalizer is not None
 
+    def encode_marked(self, text: str) -> list[int]:
+        """Ids of a text in which stand-ins are control tokens and everything else is text."""
+        ids: list[int] = self.data.encode(text, add_special_tokens=False).ids
+        return [self._aliases.get(id_, id_) for id_ in ids] if self._aliases else ids
+
     @cached_property
     def whole(self) -> tokenizers.Tokenizer:
-        """The tokenizer as the directory has it, which parses control tokens: for text in which none is a user's."""
+        """The tokenizer as the directory has it, for text in which no control token is a user's."""
         return self._build({})
 
     def _build(self, stand_ins: dict[str, str]) -> tokenizers.Tokenizer:
         pipeline = dict(self._files.pipeline)
         model = pipeline["model"]
-        pipeline["model"] = _renamed_model(model, stand_ins)
+        renamed = {content: name for content, name in stand_ins.items() if content not in self._words}
+        pipeline["model"] = _renamed_model(model, renamed)
         taken = _ids(model)
         free = len(taken)
         entries = []
-        for token in self._files.added:
+        # A word's stand-in has an id of its own, after all others so that theirs stay.
+        for token in sorted(self._files.added, key=lambda token: token.content in self._words):
             entry = asdict(token)
-            if token.id is None:
+            if token.content in self._words and stand_ins:
+                entry["id"] = free
+            elif token.id is None:
                 entry["id"] = taken.get(token.content, free)
             free = max(free, entry["id"] + 1)
             if token.content in stand_ins:
@@ -103,7 +119,7 @@ def _ids(model: dict[str, Any]) -> dict[str, int]:
     return vocab if isinstance(vocab, dict) else {}
 
 
-def _words(model: dict[str, Any]) -> frozenset[str]:
+def _letters(model: dict[str, Any]) -> frozenset[str]:
     """Entries of a BPE model that are one character: what all other words are made of."""
     if "merges" not in model:
         return frozenset()
@@ -116,25 +132,26 @@ def _pairs(model: dict[str, Any]) -> Iterable[tuple[str, str]]:
         yield left, right
 
 
-def _made_by_merges(model: dict[str, Any]) -> frozenset[str]:
+def _made_by_merges(model: dict[str, Any], among: set[str]) -> frozenset[str]:
+    if among.isdisjoint(_ids(model)):
+        return frozenset()
     skip = len(model.get("continuing_subword_prefix") or "")
-    return frozenset(left + right[skip:] for left, right in _pairs(model))
+    return frozenset(among.intersection(left + right[skip:] for left, right in _pairs(model)))
 
 
-def _is_word(token: AddedToken, model: dict[str, Any], letters: frozenset[str], made: frozenset[str]) -> bool:
-    """Whether plain text would give this token anyway, so that it steers nothing.
+def _is_ordinary(token: AddedToken, letters: frozenset[str]) -> bool:
+    """Whether a token steers nothing, so that it may be matched in anybody's text.
 
-    Runs of spaces and newlines are added to some vocabularies as a form of compression; an added word that merges
-    build is in the vocabulary already; and a letter cannot be written in any other way.
+    Runs of spaces and newlines are added to some vocabularies as a form of compression, and a letter of a BPE
+    model cannot be written in any other way.
     """
-    if token.content in letters:
-        return True
-    return not token.special and (token.content.isspace() or token.content in made)
+    return token.content in letters or (not token.special and token.content.isspace())
 
 
 def _renamed_model(model: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    """The model with the entries in ``names`` renamed, ids kept, and the merges that build on them left out."""
-    if not names:
+    """The model with the entries in ``names`` renamed, ids kept, without the merges that use them."""
+    entries = _ids(model)
+    if not any(name in entries for name in names):
         return model
     renamed = dict(model)
     vocab = model.get("vocab")

@@ -66,6 +66,17 @@ def test_other_types_are_converted(llama: Path, dtype: str) -> None:
         assert torch.equal(array.to_torch(block, dtype), source.to(array.DTYPES[dtype]))
 
 
+@pytest.mark.parametrize(("dtype", "given_back"), [("bfloat16", False), ("float32", True)])
+def test_the_file_does_not_stay_resident_beside_its_conversion(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, given_back: bool
+) -> None:
+    dropped: list[int] = []
+    monkeypatch.setattr(array, "drop_pages", lambda *blocks: dropped.extend(b.nbytes for b in blocks))
+    store, checkpoint, _ = _load(llama, dtype=dtype)
+    assert len(dropped) == (len(checkpoint.names) if given_back else 0)
+    assert sum(dropped) * 2 == (store.nbytes() if given_back else 0)
+
+
 def test_gpt2_is_transposed_and_split(gpt2: Path) -> None:
     store, checkpoint, _ = _load(gpt2)
     fused = checkpoint.tensor("transformer.h.2.attn.c_attn.weight")

@@ -21,7 +21,11 @@ def test_the_weights_are_small() -> None:
 
 def test_the_directory_is_complete_and_nothing_else() -> None:
     assert {path.name for path in demo.model_path().iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
     }
 
 

@@ -33,7 +33,7 @@ def test_the_same_seed_gives_the_same_rows() -> None:
 
 def test_rows_are_the_same_on_every_machine() -> None:
     first = next(tasks.rows(0, of_held_out=True, only="addition"))
-    assert first == tasks.Row(FIRST)
+    assert first == tasks.Row("addition", "en", "595+978", "Calculate 595 + 978.", "1573")
 
 
 def test_no_held_out_source_or_prompt_occurs_in_training(
@@ -45,12 +45,16 @@ def test_no_held_out_source_or_prompt_occurs_in_training(
     assert not any(tasks.held_out(row.source) for row in training)
 
 
-def test_translation_is_held_out_in_both_directions(training: list[tasks.Row], held_out: list[tasks.Row]) -> None:
+def test_translation_is_held_out_in_both_directions(
+    training: list[tasks.Row], held_out: list[tasks.Row]
+) -> None:
     def texts(rows: list[tasks.Row]) -> set[str]:
         return {row.source for row in rows if row.task == "translation"}
 
     assert texts(held_out)
-    assert not any(source in row.prompt for source in texts(held_out) for row in training if row.language == "en")
+    assert not any(
+        source in row.prompt for source in texts(held_out) for row in training if row.language == "en"
+    )
 
 
 def test_about_one_source_in_ten_is_held_out() -> None:

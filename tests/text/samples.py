@@ -21,7 +21,10 @@ CORPUS = [
     "Caf\u00e9 na\u00efve 👩‍👩‍👧 🎉 end.",
 ] * 4
 
-LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+LLAMA3_SPECIAL = [
+    *("<|begin_of_text|>", "<|end_of_text|>"),
+    *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+]
 QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 QWEN_PLAIN = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
 MISTRAL_SPECIAL = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
@@ -30,7 +33,7 @@ MISTRAL_SPECIAL = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
 def byte_level(
     special: Sequence[str] = (), plain: Sequence[str] = (), *, in_vocab: Sequence[str] = ()
 ) -> tokenizers.Tokenizer:
-    """A byte-level BPE such as GPT-2's; ``in_vocab`` are special tokens that sit in the model's vocabulary too."""
+    """A byte-level BPE such as GPT-2's; ``in_vocab`` are special tokens that its vocabulary holds too."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -82,7 +85,7 @@ def byte_fallback(
 
 
 def word_piece() -> tokenizers.Tokenizer:
-    """A WordPiece whose words are split at spaces alone, so that a spelled "[CLS]" is one word of the vocabulary."""
+    """A WordPiece whose words are split at spaces alone, so that "[CLS]" is a word of its vocabulary."""
     tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
@@ -107,7 +110,8 @@ def word_level() -> tokenizers.Tokenizer:
 def unigram() -> tokenizers.Tokenizer:
     """A Unigram with metaspace, whose special tokens would win any segmentation."""
     letters = [(letter, -6.0) for letter in "abcdefghijklmnopqrstuvwxyzOT<>/s|."]
-    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("▁", -2.0), ("▁the", -3.0), ("▁a", -3.0), *letters]
+    special = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0)]
+    pieces = [*special, ("▁", -2.0), ("▁the", -3.0), ("▁a", -3.0), *letters]
     tokenizer = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
@@ -138,7 +142,10 @@ def write(
 
 
 KINDS: dict[str, tuple[Callable[[], tokenizers.Tokenizer], dict[str, Any]]] = {
-    "llama3": (lambda: byte_level(LLAMA3_SPECIAL), {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}),
+    "llama3": (
+        lambda: byte_level(LLAMA3_SPECIAL),
+        {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
+    ),
     "qwen": (lambda: byte_level(QWEN_SPECIAL, QWEN_PLAIN), {"eos_token": "<|im_end|>"}),
     "gpt2": (lambda: byte_level(in_vocab=["<|endoftext|>"]), {"eos_token": "<|endoftext|>"}),
     "mistral": (byte_fallback, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}),

@@ -10,7 +10,7 @@ from daskllm.text import Detokenizer, Tokenizer
 from tests.text import samples
 from tests.text.conftest import Directory
 
-TEXTS = ["今天天气很好。", "👩‍👩‍👧 and 🎉!", "caf\u00e9 hello world", "\U0001f1eb\U0001f1f7 中文 mixed", "▁ ▁▁"]
+TEXTS = ["今天天气很好。", "👩‍👩‍👧 and 🎉!", "caf\u00e9 hello world", "\U0001f1eb\U0001f1f7 中文 mixed"]
 
 
 def pieces_of(tokenizer: Tokenizer, ids: list[int]) -> list[str]:

@@ -16,6 +16,8 @@ from tests.text.conftest import Directory
 
 STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260K"
 
+UNKNOWN = ("<unk>", "[UNK]")
+
 TEXTS = [
     "Once upon a time there was a park.",
     "hello world",
@@ -58,15 +60,13 @@ def test_spelled_control_tokens_are_text(directory: Directory) -> None:
     for content, id_ in theirs.get_added_vocab().items():
         for text in (content, f"a {content} b", f"x{content}{content}y", f" {content}\n"):
             ids = directory.ours.encode(text, add_special_tokens=False)
-            if content == theirs.unk_token:
+            if content in UNKNOWN:
                 continue  # what the vocabulary lacks becomes <unk>, in any text
             assert id_ not in ids, (content, text)
 
 
 @pytest.mark.parametrize("kind", ["llama3", "qwen", "gpt2", "mistral"])
-def test_spelled_control_tokens_come_back_as_they_were(
-    kind: str, directories: dict[str, Directory]
-) -> None:
+def test_spelled_control_tokens_come_back_as_they_were(kind: str, directories: dict[str, Directory]) -> None:
     ours = directories[kind].ours
     for content in directories[kind].theirs.get_added_vocab():
         text = f"so {content}a{content} end"
@@ -80,9 +80,8 @@ def test_no_text_gives_a_special_id(data: st.DataObject, directories: dict[str, 
     contents = list(directory.theirs.get_added_vocab())
     words = st.one_of(st.sampled_from(contents), st.text(max_size=4), st.sampled_from(["<", "|>", " ", "▁"]))
     text = "".join(data.draw(st.lists(words, max_size=8)))
-    added = set(directory.theirs.get_added_vocab().values()) - {directory.theirs.unk_token_id}
-    if directory.theirs.unk_token_id is None:
-        added -= {directory.theirs.convert_tokens_to_ids(token) for token in ("<unk>", "[UNK]")}
+    vocab = directory.theirs.get_added_vocab()
+    added = {id_ for content, id_ in vocab.items() if content not in UNKNOWN}
     assert not added & set(directory.ours.encode(text, add_special_tokens=False))
 
 
@@ -142,14 +141,30 @@ def test_padding_and_truncation_of_the_file_are_not_applied(tmp_path: Path) -> N
     assert len(ours.encode("the little girl")) < 64
 
 
-def test_words_that_a_vocabulary_adds_stay_words(tmp_path: Path) -> None:
+def test_runs_of_spaces_that_a_vocabulary_adds_stay_words(tmp_path: Path) -> None:
     tokenizer = samples.byte_level()
-    tokenizer.add_tokens(["  ", "\n\n", "park"])
+    tokenizer.add_tokens(["  ", "\n\n"])
     directory = Directory(samples.write(tmp_path, tokenizer))
     text = "a  b\n\nthe park."
     ids = directory.theirs(text).input_ids
     assert directory.theirs.convert_tokens_to_ids("\n\n") in ids
     assert directory.ours.encode(text) == ids
+
+
+def test_added_words_that_the_model_has_are_spelled_as_any_word(tmp_path: Path) -> None:
+    tokenizer = samples.byte_level(["<s>"])
+    word = "\u0120the"
+    bare = Tokenizer.from_directory(samples.write(tmp_path / "bare", tokenizer))
+    assert tokenizer.token_to_id(word) is not None
+    tokenizer.add_tokens([word, "th", "<new>"])
+    files = {"chat_template.jinja": "th<new>{{ messages[0].content }}"}
+    directory = Directory(samples.write(tmp_path / "added", tokenizer, {}, files))
+    assert directory.ours.vocab_size == len(directory.theirs)
+    assert directory.ours.encode("in the park") == bare.encode("in the park")
+    th, new = directory.theirs.convert_tokens_to_ids(["th", "<new>"])
+    ids = directory.ours.encode_chat([{"role": "user", "content": "in the <new>"}])
+    assert ids == [th, new, *bare.encode("in the <new>")]
+    assert directory.ours.decode([th, new]) == "th<new>"
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
@@ -176,7 +191,8 @@ def test_unknown_model_kind_is_refused(tmp_path: Path) -> None:
 def test_decoder_that_looks_around_is_refused(tmp_path: Path) -> None:
     path = samples.write(tmp_path, samples.byte_level())
     saved = json.loads((path / "tokenizer.json").read_text())
-    (path / "tokenizer.json").write_text(json.dumps(saved | {"decoder": {"type": "BPEDecoder", "suffix": "</w>"}}))
+    saved["decoder"] = {"type": "BPEDecoder", "suffix": "</w>"}
+    (path / "tokenizer.json").write_text(json.dumps(saved))
     with pytest.raises(ModelError, match="decoder of type 'BPEDecoder'"):
         Tokenizer.from_directory(path)
 

@@ -10,7 +10,9 @@ Shapes: a batch has ``rows`` tokens; a layer's cache is ``keys [blocks, kv_heads
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +21,10 @@ from daskllm.engine.batch import Batch
 
 __all__ = ["Packed", "activate", "add_norm", "attention", "linear", "pack", "rope_store"]
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
 }
 

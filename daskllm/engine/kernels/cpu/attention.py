@@ -1,38 +1,28 @@
-"""The fused operations on a CPU: oneDNN for the products, Numba SIMD kernels for everything between them.
-
-Every operation treats a row by itself and in one order of operations, so that a row's bits do not depend
-on its company, on how its prompt was cut into chunks, or on the number of threads:
-
-- a packed oneDNN product gives a row the same bits at every batch size in bfloat16 and at every batch size
-  above one in float32 (hence the doubled row in `linear`);
-- attention walks a sequence's blocks from its first key to its last and treats keys beyond a row's own as
-  exact zeros, so that a prefill tile and a decode step add the same numbers in the same order.
-
-See `daskllm.engine.kernels.reference` for what each operation computes.
-"""
+"""Keys and values into the cache, and attention over it."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
 
 import numba
 import numpy as np
 import torch
-from numba import types
 
 from daskllm.engine.batch import BLOCK_SIZE, Batch
-from daskllm.engine.kernels.simd import (
+from daskllm.engine.kernels.cpu.rows import sum_of_squares
+from daskllm.engine.kernels.cpu.simd import (
     LANES,
+    SIGNATURE,
+    address,
     array,
+    as_float,
+    float_bits,
     load,
     run,
     store,
     take,
     vadd,
     vblend,
-    vdiv,
     vexp,
     vfma,
     vload,
@@ -45,157 +35,10 @@ from daskllm.engine.kernels.simd import (
     vsub,
 )
 
-__all__ = ["Packed", "activate", "add_norm", "attention", "linear", "pack", "rope_store"]
+__all__ = ["attention", "rope_store"]
 
-_SIGNATURE = types.void(types.CPointer(types.int64))
 _MASKED = np.float32(-1e30)
 _ROWS = 4  # query rows that share each load of K or V: four accumulators of two registers each
-_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
-
-
-def _bits(value: float) -> int:
-    """A float32 as the int64 that carries it among a kernel's arguments."""
-    return int(np.float32(value).view(np.int32))
-
-
-@numba.njit
-def _float(bits):  # type: ignore[no-untyped-def]
-    return np.int32(bits).view(np.float32)
-
-
-# --- linear -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """A weight in oneDNN's own layout; opaque, and a copy of the block it was made from."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    out_features: int
-
-
-def pack(weight: torch.Tensor, bias: torch.Tensor | None) -> Packed:
-    """Reorder a ``[out, in]`` weight once, so that every product reads it in the machine's best order."""
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
-    return Packed(packed, None if bias is None else bias.contiguous(), weight.shape[0])
-
-
-def linear(x: torch.Tensor, weight: Packed) -> torch.Tensor:
-    """x @ weight.T + bias, ``[rows, in] -> [rows, out]``."""
-    alone = x.shape[0] == 1 and x.dtype == torch.float32
-    if alone:  # a single float32 row takes another path in oneDNN, with other bits
-        x = x.expand(2, -1).contiguous()
-    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.weight, weight.bias, "none", [], "")
-    return y[:1] if alone else y
-
-
-# --- add + norm ---------------------------------------------------------------------------------------
-
-
-@numba.njit
-def _sum_of_squares(row, start, size, mean):  # type: ignore[no-untyped-def]
-    total = vsplat(np.float32(0))
-    centre = vsplat(mean)
-    whole = size // LANES * LANES
-    for i in range(0, whole, LANES):
-        x = vsub(vload(row, start + i), centre)
-        total = vfma(x, x, total)
-    sum_ = vreduce_add(total)
-    for i in range(whole, size):
-        x = load(row, start + i) - mean
-        sum_ += x * x
-    return sum_
-
-
-@numba.njit
-def _sum(row, start, size):  # type: ignore[no-untyped-def]
-    total = vsplat(np.float32(0))
-    whole = size // LANES * LANES
-    for i in range(0, whole, LANES):
-        total = vadd(total, vload(row, start + i))
-    sum_ = vreduce_add(total)
-    for i in range(whole, size):
-        sum_ += load(row, start + i)
-    return sum_
-
-
-@numba.njit
-def _norm_row(item, delta, residual, out, weight, bias, size, eps, layer_norm):  # type: ignore[no-untyped-def]
-    start = item * size
-    if delta.size:
-        for i in range(size):
-            store(residual, start + i, load(residual, start + i) + load(delta, start + i))
-    mean = np.float32(0)
-    if layer_norm:
-        mean = _sum(residual, start, size) / np.float32(size)
-    variance = _sum_of_squares(residual, start, size, mean) / np.float32(size)
-    scale = np.float32(1) / np.float32(math.sqrt(variance + eps))
-    for i in range(size):
-        x = (load(residual, start + i) - mean) * scale * load(weight, i)
-        if bias.size:
-            x += load(bias, i)
-        store(out, start + i, x)
-
-
-@numba.njit(inline="always")
-def _norm_loop(pointer, dtype):  # type: ignore[no-untyped-def]
-    a = numba.carray(pointer, (11,), np.int64)
-    rows, size = a[1], a[7]
-    residual = array(a[3], rows * size, dtype)
-    delta = array(a[2], rows * size if a[2] else 0, dtype)
-    out = array(a[4], rows * size, dtype)
-    weight = array(a[5], size, dtype)
-    bias = array(a[6], size if a[6] else 0, dtype)
-    while True:
-        item = take(a)
-        if item >= rows:
-            break
-        _norm_row(item, delta, residual, out, weight, bias, size, _float(a[8]), a[9] != 0)
-
-
-@numba.cfunc(_SIGNATURE, cache=True)
-def _norm_f32(pointer):  # type: ignore[no-untyped-def]
-    _norm_loop(pointer, np.float32)
-
-
-@numba.cfunc(_SIGNATURE, cache=True)
-def _norm_bf16(pointer):  # type: ignore[no-untyped-def]
-    _norm_loop(pointer, np.uint16)
-
-
-def add_norm(
-    delta: torch.Tensor | None,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    eps: float,
-    kind: str,
-) -> torch.Tensor:
-    """``residual += delta`` in place, then its RMS or layer norm; all ``[rows, hidden]``."""
-    out = torch.empty_like(residual)
-    compiled = _norm_f32 if residual.dtype == torch.float32 else _norm_bf16
-    run(
-        compiled,
-        residual.shape[0],
-        _address(delta),
-        residual.data_ptr(),
-        out.data_ptr(),
-        weight.data_ptr(),
-        _address(bias),
-        residual.shape[1],
-        _bits(eps),
-        int(kind == "layer"),
-        0,
-    )
-    return out
-
-
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-# --- rope + KV store ----------------------------------------------------------------------------------
 
 
 @numba.njit
@@ -203,7 +46,7 @@ def _head(source, start, weight, eps, cos, sin, angle, size, scratch):  # type: 
     """One head's vector into scratch: normed when it has a weight, then turned by its position."""
     scale = np.float32(1)
     if weight.size:
-        square = _sum_of_squares(source, start, size, np.float32(0)) / np.float32(size)
+        square = sum_of_squares(source, start, size, np.float32(0)) / np.float32(size)
         scale = np.float32(1) / np.float32(math.sqrt(square + eps))
     for i in range(size):
         scratch[i] = load(source, start + i) * scale
@@ -233,7 +76,7 @@ def _rope_loop(pointer, dtype):  # type: ignore[no-untyped-def]
     sin = array(a[9], a[18] * half if a[9] else 0, np.float32)
     q_norm = array(a[10], size if a[10] else 0, dtype)
     k_norm = array(a[11], size if a[11] else 0, dtype)
-    eps = _float(a[12])
+    eps = as_float(a[12])
     scratch = np.empty(size, np.float32)
     while True:
         item = take(a)
@@ -259,12 +102,12 @@ def _rope_loop(pointer, dtype):  # type: ignore[no-untyped-def]
                 values[base + i] = 0
 
 
-@numba.cfunc(_SIGNATURE, cache=True)
+@numba.cfunc(SIGNATURE, cache=True)
 def _rope_f32(pointer):  # type: ignore[no-untyped-def]
     _rope_loop(pointer, np.float32)
 
 
-@numba.cfunc(_SIGNATURE, cache=True)
+@numba.cfunc(SIGNATURE, cache=True)
 def _rope_bf16(pointer):  # type: ignore[no-untyped-def]
     _rope_loop(pointer, np.uint16)
 
@@ -293,11 +136,11 @@ def rope_store(
         values.data_ptr(),
         batch.positions.data_ptr(),
         batch.slots.data_ptr(),
-        _address(cos),
-        _address(sin),
-        _address(q_norm),
-        _address(k_norm),
-        _bits(eps),
+        address(cos),
+        address(sin),
+        address(q_norm),
+        address(k_norm),
+        float_bits(eps),
         heads,
         kv_heads,
         size,
@@ -307,9 +150,6 @@ def rope_store(
         0,
     )
     return q
-
-
-# --- attention ----------------------------------------------------------------------------------------
 
 
 @numba.njit
@@ -409,7 +249,9 @@ def _attend(item, q, keys, values, out, tables, tiles, heads, kv_heads, size, pa
             _softmax(scores, r, here - window + 1 if window else 0, here + 1, peaks, sums, alphas)
         for i in range(rows * BLOCK_SIZE, room * BLOCK_SIZE):
             scores[i] = 0
-        _weigh(scores, values, base * padded, mixed, alphas, room, min(BLOCK_SIZE, end - j * BLOCK_SIZE), padded)
+        _weigh(
+            scores, values, base * padded, mixed, alphas, room, min(BLOCK_SIZE, end - j * BLOCK_SIZE), padded
+        )
     for r in range(rows):
         start = ((token + r // group) * heads + head * group + r % group) * size
         total = vreduce_add(vload(sums, r * LANES))
@@ -433,16 +275,29 @@ def _attention_loop(pointer, dtype):  # type: ignore[no-untyped-def]
         if item >= items:
             break
         _attend(
-            item, q, keys, values, out, tables, tiles, heads, kv_heads, size, padded, width, a[16], _float(a[17])
+            item,
+            q,
+            keys,
+            values,
+            out,
+            tables,
+            tiles,
+            heads,
+            kv_heads,
+            size,
+            padded,
+            width,
+            a[16],
+            as_float(a[17]),
         )
 
 
-@numba.cfunc(_SIGNATURE, cache=True)
+@numba.cfunc(SIGNATURE, cache=True)
 def _attention_f32(pointer):  # type: ignore[no-untyped-def]
     _attention_loop(pointer, np.float32)
 
 
-@numba.cfunc(_SIGNATURE, cache=True)
+@numba.cfunc(SIGNATURE, cache=True)
 def _attention_bf16(pointer):  # type: ignore[no-untyped-def]
     _attention_loop(pointer, np.uint16)
 
@@ -470,100 +325,7 @@ def attention(
         *batch.tables.shape,
         q.shape[0],
         window or 0,
-        _bits(scale),
+        float_bits(scale),
         0,
     )
-    return out
-
-
-# --- activation ---------------------------------------------------------------------------------------
-
-
-@numba.njit
-def _sigmoid(x):  # type: ignore[no-untyped-def]
-    one = vsplat(np.float32(1))
-    return vdiv(one, vadd(one, vexp(vsub(vsplat(np.float32(0)), x))))
-
-
-@numba.njit
-def _gelu(x):  # type: ignore[no-untyped-def]
-    """x * Phi(x), with erf from Abramowitz & Stegun 7.1.26 (absolute error below 1.5e-7)."""
-    one, zero = vsplat(np.float32(1)), vsplat(np.float32(0))
-    z = vmul(x, vsplat(np.float32(math.sqrt(0.5))))
-    size = vmax(z, vsub(zero, z))
-    t = vdiv(one, vfma(size, vsplat(np.float32(0.3275911)), one))
-    p = vsplat(np.float32(1.061405429))
-    p = vfma(p, t, vsplat(np.float32(-1.453152027)))
-    p = vfma(p, t, vsplat(np.float32(1.421413741)))
-    p = vfma(p, t, vsplat(np.float32(-0.284496736)))
-    p = vmul(vfma(p, t, vsplat(np.float32(0.254829592))), t)
-    # tail = 1 - erf(|z|); Phi(x) is tail/2 below zero and 1 - tail/2 above.
-    tail = vmul(p, vexp(vsub(zero, vmul(z, z))))
-    # x * Phi(x) = max(x, 0) - |x| * tail / 2 on both sides of zero.
-    return vsub(vmax(x, zero), vmul(vmul(vmax(x, vsub(zero, x)), tail), vsplat(np.float32(0.5))))
-
-
-@numba.njit
-def _apply(x, kind):  # type: ignore[no-untyped-def]
-    if kind == 0:
-        return vmul(x, _sigmoid(x))
-    if kind == 1:
-        return _gelu(x)
-    if kind == 2:
-        # (1 + tanh(u)) / 2 = sigmoid(2u), u = sqrt(2/pi) * (x + 0.044715 x^3)
-        cube = vmul(vmul(x, x), x)
-        u = vfma(cube, vsplat(np.float32(0.044715)), x)
-        return vmul(x, _sigmoid(vmul(u, vsplat(np.float32(2 * math.sqrt(2 / math.pi))))))
-    return vmax(x, vsplat(np.float32(0)))
-
-
-@numba.njit
-def _activate_row(source, start, up, out, at, size, kind, scratch):  # type: ignore[no-untyped-def]
-    whole = size // LANES * LANES
-    for i in range(0, whole, LANES):
-        y = _apply(vload(source, start + i), kind)
-        if up:
-            y = vmul(y, vload(source, start + size + i))
-        vstore(out, at + i, y)
-    if whole < size:
-        for i in range(size - whole):
-            scratch[i] = load(source, start + whole + i)
-        vstore(scratch, 0, _apply(vload(scratch, 0), kind))
-        for i in range(size - whole):
-            y1 = scratch[i]
-            if up:
-                y1 *= load(source, start + size + whole + i)
-            store(out, at + whole + i, y1)
-
-
-@numba.njit(inline="always")
-def _activate_loop(pointer, dtype):  # type: ignore[no-untyped-def]
-    a = numba.carray(pointer, (7,), np.int64)
-    rows, size, gated = a[1], a[4], a[6]
-    width = size * (1 + gated)
-    source, out = array(a[2], rows * width, dtype), array(a[3], rows * size, dtype)
-    scratch = np.zeros(LANES, np.float32)
-    while True:
-        item = take(a)
-        if item >= rows:
-            break
-        _activate_row(source, item * width, gated != 0, out, item * size, size, a[5], scratch)
-
-
-@numba.cfunc(_SIGNATURE, cache=True)
-def _activate_f32(pointer):  # type: ignore[no-untyped-def]
-    _activate_loop(pointer, np.float32)
-
-
-@numba.cfunc(_SIGNATURE, cache=True)
-def _activate_bf16(pointer):  # type: ignore[no-untyped-def]
-    _activate_loop(pointer, np.uint16)
-
-
-def activate(x: torch.Tensor, kind: str, gated: bool) -> torch.Tensor:
-    """act(gate) * up from ``[rows, 2 * size]``, or act(x) from ``[rows, size]``."""
-    size = x.shape[1] // 2 if gated else x.shape[1]
-    out = torch.empty((x.shape[0], size), dtype=x.dtype)
-    compiled: Any = _activate_f32 if x.dtype == torch.float32 else _activate_bf16
-    run(compiled, x.shape[0], x.data_ptr(), out.data_ptr(), size, _ACTIVATIONS[kind], int(gated))
     return out

@@ -28,7 +28,11 @@ from numba.extending import intrinsic, models, register_model
 
 __all__ = [
     "LANES",
+    "SIGNATURE",
+    "address",
     "array",
+    "as_float",
+    "float_bits",
     "load",
     "run",
     "store",
@@ -323,6 +327,26 @@ def take(typingctx, arguments):  # type: ignore[no-untyped-def]
         return builder.atomic_rmw("add", pointer, ir.IntType(64)(1), "monotonic")
 
     return types.int64(arguments), codegen
+
+
+SIGNATURE = types.void(types.CPointer(types.int64))
+"""Of every compiled kernel: its arguments are int64, the item counter and the number of items first."""
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """Where a tensor's elements are; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def float_bits(value: float) -> int:
+    """A float32 as the int64 that carries it among a kernel's arguments."""
+    return int(np.float32(value).view(np.int32))
+
+
+@numba.njit
+def as_float(bits):  # type: ignore[no-untyped-def]
+    """The float32 that `float_bits` packed."""
+    return np.int32(bits).view(np.float32)
 
 
 @numba.njit(inline="always")

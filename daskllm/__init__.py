@@ -1,0 +1,48 @@
+"""daskllm: a table of prompts in, a table of answers out, on Dask.
+
+    import daskllm
+
+    llm = daskllm.load("path/to/model")
+    answered = df.llm.generate(llm, "Translate: {text}", max_tokens=32)
+
+Importing this gives pandas and Dask tables their ``llm``. Everything that needs a model, and with it torch,
+is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import daskllm.frame  # noqa: F401  (registers ``df.llm``)
+from daskllm.types import Completion, DaskLLMError, ModelError, RowError, SamplingParams
+
+if TYPE_CHECKING:
+    from daskllm.llm import LLM, generate_text, load, parallel_generate_text
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LLM",
+    "Completion",
+    "DaskLLMError",
+    "ModelError",
+    "RowError",
+    "SamplingParams",
+    "__version__",
+    "generate_text",
+    "load",
+    "parallel_generate_text",
+]
+
+_LATE = frozenset({"LLM", "generate_text", "load", "parallel_generate_text"})
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATE:
+        return getattr(importlib.import_module("daskllm.llm"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,18 @@
+"""The fused operations on a CPU: oneDNN for the products, Numba SIMD kernels for everything between them.
+
+Every operation treats a row by itself and in one order of operations, so that a row's bits do not depend
+on its company, on how its prompt was cut into chunks, or on the number of threads:
+
+- a packed oneDNN product gives a row the same bits at every batch size in bfloat16 and at every batch size
+  above one in float32 (hence the doubled row in `linear`);
+- attention walks a sequence's blocks from its first key to its last and treats keys beyond a row's own as
+  exact zeros, so that a prefill tile and a decode step add the same numbers in the same order.
+
+See `daskllm.engine.kernels.reference` for what each operation computes.
+"""
+
+from daskllm.engine.kernels.cpu.attention import attention, rope_store
+from daskllm.engine.kernels.cpu.linear import Packed, linear, pack
+from daskllm.engine.kernels.cpu.rows import activate, add_norm
+
+__all__ = ["Packed", "activate", "add_norm", "attention", "linear", "pack", "rope_store"]

@@ -1,0 +1,129 @@
+"""What ``df.llm`` offers.
+
+It owns the documented signatures, the same for both kinds of table. It refuses to know how they are answered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, Generic, TypeVar
+
+import dask.dataframe as dd
+import pandas as pd
+from dask.dataframe.extensions import register_dataframe_accessor
+
+from daskllm.frame.ask import Handle, ask_table, call_over
+
+__all__ = ["DaskAccessor", "PandasAccessor"]
+
+Table = TypeVar("Table", pd.DataFrame, dd.DataFrame)
+
+
+class _Accessor(Generic[Table]):
+    def __init__(self, table: Table) -> None:
+        self._table = table
+
+    def generate(
+        self,
+        llm: Handle,
+        prompt: Hashable,
+        output: str = "generated",
+        system: str | None = None,
+        examples: Sequence[tuple[Any, str]] | None = None,
+        **sampling: Any,
+    ) -> Table:
+        """The table with an answer to every row.
+
+        Index, order, partitions, divisions and the other columns stay as they are. A row that cannot be
+        answered (a null, a cell that is neither text nor number, an empty or too long prompt) has a null
+        text and says why in ``{output}_error``.
+
+        Args:
+            llm: a model from `daskllm.load`.
+            prompt: a column, or a template over columns such as ``"Translate: {text}"``; ``{{`` and ``}}``
+                stand for braces.
+            output: the name of the text's column, and the start of the others' names.
+            system: what stands before every prompt.
+            examples: (input, output) pairs shown before every prompt; an input is text, or a mapping that
+                fills the template as a row does.
+            sampling: fields of `daskllm.SamplingParams`.
+
+        Returns:
+            The columns ``{output}`` (str), ``{output}_finish_reason`` (str), ``{output}_prompt_tokens`` and
+            ``{output}_completion_tokens`` (int64), ``{output}_error`` (str), with ``logprobs=`` also
+            ``{output}_logprobs`` (object: a list of float, one for each generated token). With ``n > 1``
+            text, finish reason and log-probabilities are lists with one entry per sample (object), the
+            completion tokens are those of all samples, and the prompt is counted once.
+
+        Raises:
+            KeyError: a column or template field that is not there.
+            ValueError: a value out of its range, a template that is none, an output column that is there.
+            TypeError: an unknown argument, or one of the wrong type.
+        """
+        call = call_over(
+            self._table.columns,
+            llm,
+            "generate",
+            prompt,
+            output=output,
+            system=system,
+            examples=examples,
+            sampling=sampling,
+        )
+        return ask_table(self._table, llm, call)
+
+    def chat(
+        self,
+        llm: Handle,
+        messages: Hashable,
+        output: str = "generated",
+        system: str | None = None,
+        examples: Sequence[tuple[Any, str]] | None = None,
+        **sampling: Any,
+    ) -> Table:
+        """The table with the model's next turn in every row's conversation.
+
+        Args:
+            messages: a column of message lists (``[{"role": "user", "content": …}, …]``) or of text, which is
+                one user turn; or a template, which makes one.
+            system, examples: put before the messages; a conversation that begins with a system turn takes
+                no ``system``.
+
+        The rest is as for `generate`. Dask turns object columns into text unless
+        ``dataframe.convert-string`` is off; message lists need it off (those read from Parquet do not).
+        """
+        call = call_over(
+            self._table.columns,
+            llm,
+            "chat",
+            messages,
+            output=output,
+            system=system,
+            examples=examples,
+            sampling=sampling,
+        )
+        return ask_table(self._table, llm, call)
+
+    def score(self, llm: Handle, text: Hashable, output: str = "score") -> Table:
+        """The table with how likely the model finds each row's text.
+
+        Args:
+            text: a column, or a template over columns.
+            output: the name of the score's column.
+
+        Returns:
+            The columns ``{output}`` (float64: natural log-probability of the text, NaN on error),
+            ``{output}_tokens`` (int64) and ``{output}_error`` (str).
+        """
+        call = call_over(self._table.columns, llm, "score", text, output=output, sampling={})
+        return ask_table(self._table, llm, call)
+
+
+@pd.api.extensions.register_dataframe_accessor("llm")
+class PandasAccessor(_Accessor[pd.DataFrame]):
+    """``df.llm`` of a pandas table; its rows are answered when the call returns."""
+
+
+@register_dataframe_accessor("llm")
+class DaskAccessor(_Accessor[dd.DataFrame]):
+    """``df.llm`` of a Dask table; its rows are answered when the result is computed."""

@@ -1,0 +1,151 @@
+"""The loop with a runner that needs no model: token t is followed by t + 1."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from daskllm.engine.batch import Batch
+from daskllm.engine.batcher import Batcher
+from daskllm.engine.engine import Engine, EngineClosedError
+from daskllm.engine.kvcache import BlockPool, KVCache
+from daskllm.engine.sequence import Request
+from daskllm.types import SamplingParams
+
+VOCAB = 1000
+
+
+class Counting:
+    """Predicts each token's successor."""
+
+    device = "cpu"
+
+    def __init__(self) -> None:
+        self.cache = KVCache(1, 0, 1, 16, torch.float32)
+        self.steps: list[Batch] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.error: Exception | None = None
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        self.gate.wait(10)
+        if self.error is not None:
+            raise self.error
+        self.steps.append(batch)
+        rows = torch.zeros(len(batch.logit_rows), VOCAB)
+        rows[torch.arange(len(rows)), (batch.tokens[batch.logit_rows] + 1) % VOCAB] = 10.0
+        return rows
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    runner: Any = Counting()
+    made = Engine(runner, Batcher(BlockPool(64), 16, 128), context=200, threads=1)
+    yield made
+    runner.gate.set()
+    made.close()
+
+
+def ask(first: int, out: int, caller: object = None, **rest: Any) -> Request:
+    names = {k: rest.pop(k) for k in ("stop_ids", "on_token", "score") if k in rest}
+    return Request([first], SamplingParams(max_tokens=out, **rest), caller=caller, **names)
+
+
+def answers(engine: Engine, requests: Sequence[Request]) -> list[tuple[tuple[int, ...], str]]:
+    tickets = engine.submit(requests)
+    engine.wait(tickets, 20)
+    assert all(t.done for t in tickets)
+    return [(s.token_ids, s.finish_reason) for t in tickets for s in t.samples if s is not None]
+
+
+def test_counts_up(engine: Engine) -> None:
+    assert answers(engine, [ask(5, 3), ask(50, 2)]) == [((6, 7, 8), "length"), ((51, 52), "length")]
+
+
+def test_stops_at_an_end_token_and_at_the_context(engine: Engine) -> None:
+    stop, full = answers(engine, [ask(5, 50, stop_ids=frozenset({9})), ask(300, 500)])
+    assert stop == ((6, 7, 8, 9), "stop")
+    assert full[1] == "length"
+    assert len(full[0]) == 199
+
+
+def test_min_tokens_goes_past_an_end_token(engine: Engine) -> None:
+    [row] = answers(engine, [ask(5, 6, stop_ids=frozenset({7}), min_tokens=4)])
+    assert row[1] == "length"
+    assert 7 not in row[0]
+
+
+def test_on_token_ends_a_sample(engine: Engine) -> None:
+    def third(sample: int, output: Sequence[int]) -> bool:
+        return len(output) == 3
+
+    assert answers(engine, [ask(5, 50, on_token=third)]) == [((6, 7, 8), "stop")]
+
+
+def test_samples_share_one_prefill(engine: Engine) -> None:
+    runner: Any = engine.runner
+    tickets = engine.submit([Request([5] * 40, SamplingParams(max_tokens=4, n=3, temperature=1e-3))])
+    engine.wait(tickets, 20)
+    assert [s.token_ids for s in tickets[0].samples if s] == [(6, 7, 8, 9)] * 3
+    assert sum(int((b.positions == 0).sum()) for b in runner.steps) == 1
+    assert max(len(b.tokens) for b in runner.steps[1:]) == 3
+    assert engine.batcher.pool.used == 0
+
+
+def test_two_callers_share_a_step(engine: Engine) -> None:
+    runner: Any = engine.runner
+    runner.gate.clear()
+    first = engine.submit([ask(1, 30, caller="a") for _ in range(3)])
+    second = engine.submit([ask(2, 30, caller="b") for _ in range(3)])
+    runner.gate.set()
+    engine.wait([*first, *second], 20)
+    assert max(step.callers for step in engine.metrics.history) == 2
+    assert max(step.running for step in engine.metrics.history) == 6
+    assert engine.metrics.fill() > 3
+
+
+def test_abort_stops_decoding_and_frees_blocks(engine: Engine) -> None:
+    runner: Any = engine.runner
+    started = threading.Event()
+
+    def begun(sample: int, output: Sequence[int]) -> bool:
+        started.set()
+        return False
+
+    doomed = engine.submit([ask(1, 150, on_token=begun)])
+    assert started.wait(10)
+    engine.abort(doomed)
+    assert answers(engine, [ask(5, 2)]) == [((6, 7), "length")]
+    assert engine.batcher.pool.used == 0
+    assert engine.metrics.aborted == 1
+    assert not doomed[0].done
+    ran = len(runner.steps)
+    answers(engine, [ask(5, 2)])
+    assert len(runner.steps) == ran + 2
+
+
+def test_a_broken_step_reaches_every_caller_and_the_engine_goes_on(engine: Engine) -> None:
+    runner: Any = engine.runner
+    runner.error = RuntimeError("out of luck")
+    tickets = engine.submit([ask(1, 3), ask(2, 3)])
+    with pytest.raises(RuntimeError, match="out of luck"):
+        engine.wait(tickets, 20)
+    runner.error = None
+    assert answers(engine, [ask(5, 1)]) == [((6,), "length")]
+    assert engine.batcher.pool.used == 0
+
+
+def test_closing_fails_who_waits(engine: Engine) -> None:
+    runner: Any = engine.runner
+    runner.gate.clear()
+    tickets = engine.submit([ask(1, 100)])
+    threading.Timer(0.1, runner.gate.set).start()
+    engine.close()
+    with pytest.raises(EngineClosedError):
+        engine.wait(tickets, 20)
+    with pytest.raises(EngineClosedError):
+        engine.submit([ask(1, 1)])

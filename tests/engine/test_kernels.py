@@ -1,0 +1,126 @@
+"""Every fused operation against plain torch, over shapes, types and layouts; and the same bits however its
+rows are grouped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from daskllm.engine.batch import BLOCK_SIZE, Batch, Chunk
+from daskllm.engine.kernels import cpu, padded_head_dim, reference
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+SIZES = pytest.mark.parametrize("size", [16, 20, 44, 64, 172, 576])
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Within float32 rounding, or one unit of bfloat16."""
+    loose = found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, atol=2e-2 if loose else 2e-5, rtol=1e-2 if loose else 1e-5)
+
+
+def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize(("into", "out"), [(16, 32), (44, 70), (64, 288), (576, 1536)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear(dtype: torch.dtype, into: int, out: int, bias: bool) -> None:
+    x, weight = random(70, into, dtype=dtype), random(out, into, dtype=dtype) / into**0.5
+    b = random(out, dtype=dtype) if bias else None
+    packed = cpu.pack(weight, b)
+    found = cpu.linear(x, packed)
+    close(found, reference.linear(x, reference.pack(weight, b)))
+    for rows in (1, 2, 3, 4, 7, 33):
+        assert torch.equal(cpu.linear(x[:rows], packed), found[:rows])
+
+
+@DTYPES
+@SIZES
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("added", [False, True])
+def test_add_norm(dtype: torch.dtype, size: int, kind: str, added: bool) -> None:
+    delta = random(9, size, dtype=dtype) if added else None
+    residual = random(9, size, dtype=dtype) + 1
+    weight, bias = random(size, dtype=dtype), random(size, dtype=dtype) if kind == "layer" else None
+    other = residual.clone()
+    found = cpu.add_norm(delta, residual, weight, bias, 1e-5, kind)
+    close(found, reference.add_norm(delta, other, weight, bias, 1e-5, kind))
+    assert torch.equal(residual, other)
+
+
+@DTYPES
+@SIZES
+@pytest.mark.parametrize("kind", ["silu", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_activate(dtype: torch.dtype, size: int, kind: str, gated: bool) -> None:
+    x = 4 * random(5, size * (1 + gated), dtype=dtype)
+    x[0, 0], x[1, 0] = 100.0, -100.0
+    close(cpu.activate(x, kind, gated), reference.activate(x, kind, gated))
+
+
+HEADS = pytest.mark.parametrize(
+    ("heads", "kv_heads", "size"), [(4, 4, 8), (9, 3, 64), (4, 1, 20), (14, 2, 64), (8, 2, 32)]
+)
+
+
+class Cache:
+    """Two sequences of 50 and 129 tokens in a cache whose other slots are poisoned."""
+
+    chunks = (Chunk([0] * 50, 0, [3, 9]), Chunk([0] * 129, 0, [1, 4, 0, 7, 2]))
+
+    def __init__(self, heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> None:
+        self.keys = torch.full((10, kv_heads, size, BLOCK_SIZE), float("nan"), dtype=dtype)
+        self.values = torch.full((10, kv_heads, BLOCK_SIZE, padded_head_dim(size)), float("nan"), dtype=dtype)
+        self.qkv = random(179, (heads + 2 * kv_heads) * size, dtype=dtype)
+        self.batch = Batch.of(self.chunks)
+        angles = torch.rand(200, size // 2) * 6
+        self.angles = angles.cos(), angles.sin()
+
+
+@DTYPES
+@HEADS
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("normed", [False, True])
+def test_rope_store(
+    dtype: torch.dtype, heads: int, kv_heads: int, size: int, turned: bool, normed: bool
+) -> None:
+    cache = Cache(heads, kv_heads, size, dtype)
+    keys, values = cache.keys.clone(), cache.values.clone()
+    angles = cache.angles if turned else None
+    norms = (random(size, dtype=dtype), random(size, dtype=dtype)) if normed else None
+    found = cpu.rope_store(cache.qkv, cache.keys, cache.values, cache.batch, angles, norms, 1e-6)
+    close(found, reference.rope_store(cache.qkv, keys, values, cache.batch, angles, norms, 1e-6))
+    for mine, theirs in ((cache.keys, keys), (cache.values, values)):
+        assert torch.equal(mine.isnan(), theirs.isnan())
+        close(mine.nan_to_num(), theirs.nan_to_num())
+
+
+@DTYPES
+@HEADS
+@pytest.mark.parametrize("window", [None, 1, 5, 40])
+def test_attention(dtype: torch.dtype, heads: int, kv_heads: int, size: int, window: int | None) -> None:
+    cache = Cache(heads, kv_heads, size, dtype)
+    q = cpu.rope_store(cache.qkv, cache.keys, cache.values, cache.batch, cache.angles, None, 1e-6)
+    arguments = (cache.keys, cache.values)
+    found = cpu.attention(q, *arguments, cache.batch, window, size**-0.5)
+    close(found, reference.attention(q, *arguments, cache.batch, window, size**-0.5))
+    for first, count in ((128, 1), (31, 2), (40, 70)):
+        part = Batch.of([Chunk([0] * count, first, cache.chunks[1].blocks)])
+        rows = slice(50 + first, 50 + first + count)
+        assert torch.equal(cpu.attention(q[rows], *arguments, part, window, size**-0.5), found[rows])
+
+
+def test_bfloat16_rounds_to_nearest_even() -> None:
+    x = torch.tensor([1.0 + 2**-8, 1.0 + 3 * 2**-8, -1.0 - 2**-8, 3.0e38, float("nan"), 0.0] + [0.0] * 10)
+    residual = torch.zeros(1, 16, dtype=torch.bfloat16)
+    found = cpu.activate(torch.cat((x.bfloat16(), residual[0]))[None], "relu", False)[0, :16]
+    assert torch.equal(
+        found.nan_to_num(7.0), x.bfloat16().relu().nan_to_num(7.0).where(~x.isnan(), found.nan_to_num(7.0))
+    )

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from daskllm.bench import WorkRow, measure, read_work
+from tests.tiny import make_model
+
+WORK = [
+    WorkRow((5, 6, 7, 8), 6),
+    WorkRow(tuple(range(5, 60)), 3),
+    WorkRow((9,), 12),
+    *[WorkRow((1, 2), 4)] * 6,
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model("llama-gqa", tmp_path_factory.mktemp("bench") / "model")
+
+
+def check(measured: dict[str, Any]) -> None:
+    assert measured["rows"] == len(WORK)
+    assert measured["out_tokens"] == sum(row.out for row in WORK)
+    assert measured["prompt_tokens"] == sum(len(row.prompt) for row in WORK)
+    assert measured["out_tokens_per_s"] == pytest.approx(
+        measured["out_tokens"] / measured["seconds"], rel=0.05
+    )
+    assert 0 < measured["base_rss_mb"] <= measured["peak_rss_mb"]
+    assert measured["load_s"] > 0
+    assert measured["preemptions"] == 0
+    assert measured["dtype"] == "float32"
+    assert set(measured["versions"]) >= {"python", "torch", "dask"}
+    json.dumps(measured)
+
+
+def test_every_row_gets_its_own_number_of_tokens_in_this_process(model: Path) -> None:
+    measured = measure(str(model), WORK)
+    check(measured)
+    assert measured["mean_batch"] > 1
+
+
+@pytest.mark.cluster
+def test_the_same_work_through_a_local_cluster(model: Path) -> None:
+    measured = measure(str(model), WORK, workers=2, threads=2, kv_memory=2**20)
+    check(measured)
+    assert (measured["workers"], measured["threads"]) == (2, 2)
+
+
+def test_a_row_that_cannot_be_answered_spoils_the_measurement(model: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"row 1 gave 0 of 2 tokens: token id 999 is outside"):
+        measure(str(model), [WorkRow((5,), 2), WorkRow((999,), 2)])
+
+
+def test_threads_are_a_cluster_s(model: Path) -> None:
+    with pytest.raises(ValueError, match="give workers= as well"):
+        measure(str(model), WORK, threads=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[", "is not JSON"),
+        ("[]", "non-empty JSON list"),
+        ('{"prompt": [1], "out": 1}', "non-empty JSON list"),
+        ('[{"prompt": [1], "out": 1}, {"prompt": [], "out": 1}]', 'row 1: "prompt" must be'),
+        ('[{"prompt": ["a"], "out": 1}]', 'row 0: "prompt" must be'),
+        ('[{"prompt": [-1], "out": 1}]', 'row 0: "prompt" must be'),
+        ('[{"prompt": [1], "out": 0}]', 'row 0: "out" must be a whole number of at least 1, not 0'),
+        ('[{"prompt": [1]}]', 'row 0: "out" must be'),
+        ("[7]", 'row 0: "prompt" must be'),
+    ],
+)
+def test_a_bad_work_file_is_named_by_row(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "work.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_work(path)
+
+
+def test_a_work_file_is_read_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "work.json"
+    path.write_text('[{"prompt": [3, 4], "out": 2}, {"prompt": [5], "out": 1}]')
+    assert read_work(path) == [WorkRow((3, 4), 2), WorkRow((5,), 1)]

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from click.testing import CliRunner, Result
+
+from daskllm.cli import main
+from daskllm.llm import load
+from tests.tiny import make_model
+
+CITIES = ["Oslo", None, "Lima [north]", "", "北京", "Rome " * 200]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_model("llama-gqa", tmp_path_factory.mktemp("cli") / "model"))
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    path = tmp_path / "cities.parquet"
+    pd.DataFrame({"id": range(len(CITIES)), "city": CITIES}).to_parquet(path)
+    return path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def last_line(result: Result) -> dict[str, Any]:
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def test_generate_gives_the_table_back_with_the_answers(model: str, table: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = last_line(
+        run("generate", "--model", model, "--input", table, "--prompt", "About {city}:", "--output", out,
+            "--max-tokens", 5, "--ignore-eos", "--json")
+    )  # fmt: skip
+    answers = pd.read_parquet(out)
+    assert answers["id"].tolist() == list(range(len(CITIES)))
+    assert answers["city"].astype(object).where(answers["city"].notna(), None).tolist() == CITIES
+    assert answers["generated_finish_reason"].tolist() == [
+        "length",
+        "error",
+        "length",
+        "length",
+        "length",
+        "error",
+    ]
+    assert answers["generated"].isna().tolist() == [False, True, False, False, False, True]
+    assert answers["generated_error"].notna().tolist() == [False, True, False, False, False, True]
+
+    llm = load(model)
+    [expected] = llm.generate(["About 北京:"], max_tokens=5, ignore_eos=True)
+    llm.close()
+    assert answers["generated"][4] == expected.text
+    assert (done["rows"], done["errors"], done["out_tokens"]) == (len(CITIES), 2, 20)
+    assert done["output"] == str(out)
+
+
+def test_csv_in_a_column_of_another_name_and_the_chat_template(model: str, tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("id,q\n007,Hello\n008,Bye\n")
+    out = tmp_path / "out"
+    result = run(
+        "generate", "--model", model, "--input", tmp_path / "*.csv", "--prompt", "q", "--output", out,
+        "--column", "said", "--chat", "--system", "Be brief.", "--max-tokens", 3, "--stop", "\n\n",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "2 rows" in result.stdout
+    answers = pd.read_parquet(out)
+    assert answers["id"].tolist() == ["007", "008"]
+    llm = load(model)
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    [expected] = llm.chat([asked], max_tokens=3, stop="\n\n")
+    llm.close()
+    assert answers["said"][0] == expected.text
+    assert answers["said_prompt_tokens"][0] == expected.prompt_tokens
+
+
+@pytest.mark.cluster
+def test_a_seed_gives_the_same_answers_on_a_cluster(model: str, tmp_path: Path) -> None:
+    rows = [f"row {i}" for i in range(200)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    answers = []
+    for name, where in (("threads", []), ("cluster", ["--workers", 2, "--threads", 1])):
+        result = run(
+            "generate", "--model", model, "--input", tmp_path / "in.jsonl", "--prompt", "text", "--output",
+            tmp_path / name, "--max-tokens", 4, "--temperature", 1.0, "--seed", 3, *where,
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        answers.append(pd.read_parquet(tmp_path / name))
+    assert answers[0]["text"].tolist() == rows
+    pd.testing.assert_frame_equal(*answers)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--prompt": "About {town}:"}, "town"),
+        ({"--prompt": "nothing"}, "nothing"),
+        ({"--max-tokens": "0"}, "max_tokens must be at least 1, not 0"),
+        ({"--top-p": "2"}, "top_p must be above 0 and at most 1, not 2.0"),
+        ({"--temperature": "hot"}, "'hot' is not a valid float"),
+        ({"--kv-memory": "lots"}, 'kv_memory must be "auto", bytes or text'),
+        ({"--input": "/nowhere/*.csv"}, "no input file matches '/nowhere/*.csv'"),
+        ({"--model": "/nowhere"}, "/nowhere"),
+        ({"--threads": "2"}, "give --workers as well"),
+        ({"--scheduler": "tcp://127.0.0.1:1", "--workers": "2"}, "leave out --workers"),
+    ],
+)
+def test_a_bad_call_is_one_clear_line_and_status_2(
+    model: str, table: Path, tmp_path: Path, changes: dict[str, str], message: str
+) -> None:
+    options = {"--model": model, "--input": str(table), "--prompt": "city", "--output": str(tmp_path / "out")}
+    result = run("generate", *[part for option in (options | changes).items() for part in option])
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list((tmp_path / "out").glob("*.parquet")) == []
+
+
+def test_an_output_directory_that_holds_something_is_refused(model: str, table: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    result = run("generate", "--model", model, "--input", table, "--prompt", "city", "--output", tmp_path)
+    assert result.exit_code == 2
+    assert "is not empty" in result.stderr
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_info_tells_a_model_s_shape(model: str) -> None:
+    facts = last_line(run("info", "--model", model, "--json"))
+    assert (facts["family"], facts["layers"], facts["heads"], facts["kv_heads"]) == ("llama", 3, 4, 2)
+    assert (facts["vocab_size"], facts["context"], facts["chat_template"]) == (288, 256, True)
+    layer = 64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 64 * 96 + 2 * 64
+    assert facts["parameters"] == 2 * 288 * 64 + 3 * layer + 64
+    assert "parameters" in run("info", "--model", model).stdout
+
+
+def test_info_on_a_directory_that_is_no_model(tmp_path: Path) -> None:
+    result = run("info", "--model", tmp_path)
+    assert result.exit_code == 2
+    assert "config.json" in result.stderr
+
+
+def test_bench_prints_its_line(model: str, tmp_path: Path) -> None:
+    work = tmp_path / "work.json"
+    work.write_text(json.dumps([{"prompt": [5, 6, 7], "out": 4}] * 5))
+    measured = last_line(run("bench", "--model", model, "--work", work, "--json"))
+    assert measured["out_tokens"] == 20
+    missing = run("bench", "--model", model, "--work", tmp_path / "none.json")
+    assert missing.exit_code == 2
+    assert "none.json" in missing.stderr
+
+
+@pytest.mark.cluster
+def test_the_demo_answers_its_table_and_may_run_again(tmp_path: Path) -> None:
+    out = tmp_path / "answers"
+    command = [sys.executable, "-m", "daskllm", "demo", "--output", out, "--json"]
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        counts = json.loads(done.stdout.strip().splitlines()[-1])
+        answers = pd.read_parquet(out)
+        assert counts["rows"] == len(answers) > 0
+        assert counts["errors"] == 0
+        assert counts["right"] >= 0.95
+    assert "http://127.0.0.1:" in done.stderr
+    assert "right?" in done.stderr

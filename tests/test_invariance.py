@@ -1,0 +1,82 @@
+"""A row's logits are the same bits alone, in a batch, with its prompt in chunks, after preemption, and on any
+number of threads."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from daskllm.engine import sampler
+from daskllm.engine.kvcache import bytes_per_block
+from daskllm.engine.sequence import SequenceState
+from daskllm.session import ModelSpec, Session
+from daskllm.types import SamplingParams
+from tests import tiny
+
+Seen = dict[tuple[int, ...], torch.Tensor]
+CONFIGS = ("llama-gqa", "qwen3-bias-window", "gpt2-untied-gelu-odd", "llama-head-dim", "mistral-window")
+GREEDY = SamplingParams(max_tokens=40, ignore_eos=True)
+
+
+def rows(count: int = 12) -> list[list[int]]:
+    draw = random.Random(5)
+    return [[draw.randrange(256) for _ in range(draw.choice((1, 7, 31, 33, 70, 140)))] for _ in range(count)]
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    """Every row of logits that a token was chosen from, by the tokens before it."""
+    found: Seen = {}
+    choose = sampler.choose
+
+    def recording(logits: torch.Tensor, sequences: Sequence[SequenceState]) -> list[int]:
+        for row, sequence in zip(logits, sequences, strict=True):
+            found[tuple(sequence.tokens)] = row.clone()
+        return choose(logits, sequences)
+
+    monkeypatch.setattr(sampler, "choose", recording)
+    return found
+
+
+def run(path: Path, dtype: str, seen: Seen, prompts: list[list[int]], **changes: int) -> tuple[Seen, Session]:
+    """What one way of running the prompts gives; changes: step_tokens, kv_memory, threads, at_once."""
+    seen.clear()
+    session = Session.open(ModelSpec(path=str(path), dtype=dtype, kv_memory=changes.get("kv_memory")))
+    try:
+        session.engine._threads = changes.get("threads", torch.get_num_threads())
+        session.engine.batcher.max_tokens = changes.get("step_tokens", 512)
+        size = changes.get("at_once", len(prompts))
+        for start in range(0, len(prompts), size):
+            session.generate(prompts[start : start + size], GREEDY)
+    finally:
+        session.close()
+    return dict(seen), session
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_same_bits(name: str, dtype: str, tmp_path: Path, seen: Seen) -> None:
+    path = tiny.make_model(name, tmp_path / "model", dtype=dtype)
+    prompts = rows()
+    alone, _ = run(path, dtype, seen, prompts, at_once=1)
+    assert len(alone) >= 40 * len(prompts) * 0.9
+
+    def same(other: Seen) -> bool:
+        return other.keys() == alone.keys() and all(torch.equal(other[k], alone[k]) for k in alone)
+
+    batched, _ = run(path, dtype, seen, prompts)
+    assert same(batched)
+    chunked, _ = run(path, dtype, seen, prompts, step_tokens=13)
+    assert same(chunked)
+    one_thread, session = run(path, dtype, seen, prompts, threads=1)
+    assert same(one_thread)
+    config = session.config
+    itemsize = 4 if dtype == "float32" else 2
+    block = bytes_per_block(config.num_layers, config.num_kv_heads, config.head_dim, itemsize)
+    small, session = run(path, dtype, seen, prompts, kv_memory=8 * block)
+    assert same(small)
+    assert session.engine.metrics.preemptions > 0
