@@ -54,7 +54,7 @@ gpu: ## parity tests and a benchmark on a machine with CUDA, torch, cupy and tri
 	@$(PYTHON) tests/benchmarks/gpu.py
 
 notebooks: $(READY) ## run the notebooks and keep their outputs
-	@$(BIN)/python notebooks/run.py
+	@$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
 
 clean: ## remove .venv, caches and the demo's answers
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info demo-answers

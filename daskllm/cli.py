@@ -117,7 +117,11 @@ sampling_options = all_of(
 
 def given(sampling: Mapping[str, Any]) -> dict[str, Any]:
     """The sampling options that were set, checked before any work."""
-    chosen = {name: value for name, value in sampling.items() if value not in (None, (), False)}
+    chosen = {
+        name: value
+        for name, value in sampling.items()
+        if value is not None and value != () and value is not False
+    }
     SamplingParams.of(chosen)
     return chosen
 

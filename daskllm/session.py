@@ -19,7 +19,7 @@ import torch
 
 from daskllm import machine
 from daskllm.blocks import array
-from daskllm.blocks.load import load_layers
+from daskllm.blocks.load import load_layers, release_packed
 from daskllm.blocks.store import STORE, BlockKey
 from daskllm.checkpoint import Checkpoint, open_checkpoint
 from daskllm.engine import kernels
@@ -141,13 +141,13 @@ class Session:
         blocks = _kv_blocks(spec.kv_memory, config, dtype, device)
         layers = layer_names(config)
         model = f"{spec.identity or checkpoint.identity}/{dtype}/{device}"
-        load_layers(checkpoint, config, layers, model=model, device=device, dtype=dtype)
+        weights = _LayerByLayer(checkpoint, config, model, device, dtype)
         try:
             cache = KVCache(
                 blocks, config.num_layers, config.num_kv_heads, config.head_dim, array.DTYPES[dtype], device
             )
             chosen = kernels.select(device, array.DTYPES[dtype])
-            runner = Runner(config, layers, _weights(model, dtype), cache, chosen, device)
+            runner = Runner(config, layers, weights, cache, chosen, device)
         except BaseException:
             STORE.drop(model)
             raise
@@ -506,14 +506,37 @@ def _eos_ids(checkpoint: Checkpoint, config: DecoderConfig) -> tuple[int, ...]:
     return tuple(found) if isinstance(found, list) else (int(found),)
 
 
-def _weights(model: str, dtype: str) -> Callable[[str, str], torch.Tensor | None]:
-    held = set(STORE.keys(model))
+class _LayerByLayer:
+    """Blocks for a runner that is being built: a layer is loaded when it is first read, and let go as it is
+    packed, so that no more than one layer is ever in memory twice."""
 
-    def read(layer: str, name: str) -> torch.Tensor | None:
-        key = BlockKey(model, 0, layer, name)
-        return array.to_torch(STORE.get(key), dtype) if key in held else None
+    def __init__(
+        self, checkpoint: Checkpoint, config: DecoderConfig, model: str, device: str, dtype: str
+    ) -> None:
+        self._checkpoint, self._config = checkpoint, config
+        self._model, self._device, self._dtype = model, device, dtype
+        self._names: dict[str, set[str]] = {}
 
-    return read
+    def read(self, layer: str, name: str) -> torch.Tensor | None:
+        """The block's tensor; None where the model has no such block."""
+        if layer not in self._names:
+            load_layers(
+                self._checkpoint,
+                self._config,
+                [layer],
+                model=self._model,
+                device=self._device,
+                dtype=self._dtype,
+            )
+            self._names[layer] = {key.name for key in STORE.keys(self._model) if key.layer == layer}
+        if name not in self._names[layer]:
+            return None
+        return array.to_torch(STORE.get(BlockKey(self._model, 0, layer, name)), self._dtype)
+
+    def packed(self, layer: str, names: Sequence[str]) -> None:
+        """Let go of what kernels have copied; a tied head's block is still the embedding's."""
+        if not (layer == "head" and self._config.tied):
+            release_packed(self._model, layer, names=names)
 
 
 def _close_at_exit(method: weakref.WeakMethod[Callable[[], None]]) -> None:

@@ -35,8 +35,14 @@ def read_jsonl(path: str) -> pd.DataFrame:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 rows.append(_json_object(path, number, line))
-    # As objects first: a column of whole numbers and nulls would pass through float64 otherwise.
-    return pd.DataFrame(rows, dtype=object).convert_dtypes()
+    return pd.DataFrame(rows, dtype=object).apply(_typed)
+
+
+def _typed(column: pd.Series) -> pd.Series:
+    """A column of Python objects as the type that all of them have, if there is one that holds nulls too."""
+    # convert_dtypes would take whole numbers beside nulls through float64, and round the large ones.
+    whole = pd.api.types.infer_dtype(column, skipna=True) == "integer"
+    return column.astype("Int64") if whole else column.convert_dtypes()
 
 
 def _json_object(path: str, number: int, line: str) -> dict[str, Any]:

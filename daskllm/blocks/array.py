@@ -18,6 +18,7 @@ import torch.utils.dlpack
 __all__ = [
     "DTYPES",
     "Block",
+    "are_mapped",
     "drop_pages",
     "from_torch",
     "holds",
@@ -138,21 +139,35 @@ def drop_pages(*blocks: Block) -> int:
         >>> drop_pages(np.zeros(1 << 20, np.float32))
         0
     """
-    spans = [(b.ctypes.data, b.ctypes.data + b.nbytes) for b in blocks if isinstance(b, np.ndarray)]
-    if not spans or not os.path.exists("/proc/self/maps"):
-        return 0
-    files = _mapped_files()
     page = os.sysconf("SC_PAGE_SIZE")
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     dropped = 0
-    for start, stop in spans:
+    for block, mapped in zip(blocks, are_mapped(*blocks), strict=True):
         # Whole pages only, and never outside a file's mapping: the same call would zero ordinary memory.
-        first, last = -(-start // page) * page, stop // page * page
-        if first >= last or not any(low <= start and stop <= high for low, high in files):
-            continue
-        if madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_DONTNEED) == 0:
-            dropped += last - first
+        if mapped:
+            start = block.ctypes.data
+            first, last = -(-start // page) * page, (start + block.nbytes) // page * page
+            size = ctypes.c_size_t(last - first)
+            if first < last and madvise(ctypes.c_void_p(first), size, _MADV_DONTNEED) == 0:
+                dropped += last - first
     return dropped
+
+
+def are_mapped(*blocks: Block) -> list[bool]:
+    """Which blocks are views of a mapped file; none where the system does not tell.
+
+    >>> are_mapped(np.zeros(4, np.float32))
+    [False]
+    """
+    if not blocks or not os.path.exists("/proc/self/maps"):
+        return [False] * len(blocks)
+    files = _mapped_files()
+    return [isinstance(block, np.ndarray) and _within(block, files) for block in blocks]
+
+
+def _within(block: np.ndarray, ranges: list[tuple[int, int]]) -> bool:
+    start, stop = block.ctypes.data, block.ctypes.data + block.nbytes
+    return any(low <= start and stop <= high for low, high in ranges)
 
 
 def _mapped_files() -> list[tuple[int, int]]:

@@ -6,7 +6,7 @@ file formats (``checkpoint`` reads them).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 
@@ -16,7 +16,7 @@ from daskllm.checkpoint import Checkpoint
 from daskllm.models import BlockSources, DecoderConfig, TensorSource, layer_names, sources
 from daskllm.types import ModelError
 
-__all__ = ["load_layers"]
+__all__ = ["load_layers", "release_packed"]
 
 
 def load_layers(
@@ -83,6 +83,25 @@ def _layer(
             copied.append(array.from_torch(tensor))
     array.drop_pages(*copied)  # else the file would stay resident beside its conversion
     return {name: made[source] for name, source in blocks.items()}
+
+
+def release_packed(
+    model: str, layer: str, *, version: int = 0, store: BlockStore = STORE, names: Collection[str]
+) -> None:
+    """Let go of the memory of blocks that a kernel has copied into its own form.
+
+    Views of the file stay in the store and give their pages back, since they can be read again at any time;
+    blocks in ordinary memory would be a second copy of the weights and leave the store.
+
+    Args:
+        names: the blocks of the layer that were copied.
+    """
+    keys = [BlockKey(model, version, layer, name) for name in names]
+    blocks = [store.get(key) for key in keys]
+    array.drop_pages(*blocks)
+    for key, mapped in zip(keys, array.are_mapped(*blocks), strict=True):
+        if not mapped:
+            store.drop_block(key)
 
 
 def _held_twin(

@@ -74,6 +74,11 @@ class BlockStore:
             held = {id(b): b for key, b in self._blocks.items() if model is None or key.model == model}
         return sum(nbytes(block) for block in held.values())
 
+    def drop_block(self, key: BlockKey) -> None:
+        """Let go of one block."""
+        with self._lock:
+            self._blocks.pop(key, None)
+
     def drop(self, model: str, version: int | None = None, layer: str | None = None) -> int:
         """Let go of a model's blocks, of one version or one layer alone if asked; returns how many."""
         with self._lock:

@@ -7,9 +7,9 @@ gives the residual stream, which is all that passes between stages.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,16 @@ from daskllm.models.rope import inverse_frequencies
 
 __all__ = ["Runner", "Weights"]
 
-Weights: TypeAlias = Callable[[str, str], "torch.Tensor | None"]
-"""(layer, block) -> the block's tensor in compute dtype, None where the model has no such block."""
+
+class Weights(Protocol):
+    """Where a runner reads its blocks, each once, layer by layer."""
+
+    def read(self, layer: str, name: str) -> torch.Tensor | None:
+        """The block in compute dtype; None where the model has no such block."""
+
+    def packed(self, layer: str, names: Sequence[str]) -> None:
+        """Told when kernels hold their own copies of these blocks of a layer."""
+
 
 _ANGLE_PAGE = 1024
 _LOGIT_ROWS = 256  # at a time: float32 logits of a large vocabulary are the widest thing a step makes
@@ -75,8 +83,8 @@ class Runner:
         self._layers: list[_Layer] = []
         for layer in layers:
             if layer == "embed":
-                self._embedding = weights(layer, "tokens.weight")
-                self._positions = weights(layer, "positions.weight")
+                self._embedding = weights.read(layer, "tokens.weight")
+                self._positions = weights.read(layer, "positions.weight")
             elif layer == "head":
                 self._head_norm = _norm(weights, layer, "norm")
                 self._head = self._linear(weights, layer, "lm_head")
@@ -84,14 +92,15 @@ class Runner:
                 self._layers.append(self._layer(weights, layer))
 
     def _linear(self, weights: Weights, layer: str, *names: str) -> Any:
-        parts = [weights(layer, f"{name}.weight") for name in names]
-        biases = [weights(layer, f"{name}.bias") for name in names]
-        weight = parts[0] if len(parts) == 1 else torch.cat(parts)  # type: ignore[arg-type]
-        bias = None if biases[0] is None else torch.cat(biases)  # type: ignore[arg-type]
-        return self.kernels.pack(weight, bias)  # type: ignore[arg-type]
+        parts = [_needed(weights, layer, f"{name}.weight") for name in names]
+        biases = [b for name in names if (b := weights.read(layer, f"{name}.bias")) is not None]
+        packed = self.kernels.pack(parts, biases or None)
+        if self.kernels.PACKS:
+            weights.packed(layer, [f"{name}.weight" for name in names])
+        return packed
 
     def _layer(self, weights: Weights, layer: str) -> _Layer:
-        q_norm, k_norm = weights(layer, "q_norm.weight"), weights(layer, "k_norm.weight")
+        q_norm, k_norm = weights.read(layer, "q_norm.weight"), weights.read(layer, "k_norm.weight")
         mlp = ("gate", "up") if self.config.gated else ("up",)
         return _Layer(
             input_norm=_norm(weights, layer, "input_norm"),
@@ -155,10 +164,14 @@ class Runner:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def _needed(weights: Weights, layer: str, name: str) -> torch.Tensor:
+    block = weights.read(layer, name)
+    assert block is not None, f"{layer} has no block {name!r}"
+    return block
+
+
 def _norm(weights: Weights, layer: str, name: str) -> _Norm:
-    weight = weights(layer, f"{name}.weight")
-    assert weight is not None
-    return _Norm(weight, weights(layer, f"{name}.bias"))
+    return _Norm(_needed(weights, layer, f"{name}.weight"), weights.read(layer, f"{name}.bias"))
 
 
 class _Angles:

@@ -1,4 +1,4 @@
-"""Planning in plain Python: the layer graph, what it costs, how it is cut, placed and scheduled, and the plan.
+"""Planning in plain Python: the layer graph, its costs, how it is cut, placed and scheduled, the plan.
 
 This room needs no array library and knows neither Dask nor weights: a config (or a file, or a few lines by
 hand) makes a graph, measured or given devices make a cluster, and the two make a `Plan` that others execute.

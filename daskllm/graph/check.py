@@ -1,4 +1,7 @@
-"""Whether a plan that someone wrote can be: every layer once, in order, on devices that are there and large enough."""
+"""Whether a plan can be: every layer once, in order, on devices that are there and large enough.
+
+Owns the checks that every plan passes, whoever made it, and their messages. Refuses to mend a plan.
+"""
 
 from __future__ import annotations
 
@@ -55,8 +58,8 @@ def check_layers(stages: Sequence[tuple[str, Sequence[str]]], graph: LayerGraph)
     for edge in graph.edges:
         if where[edge.source] > where[edge.target]:
             raise PlanError(
-                f"layer {edge.target!r} in stage {where[edge.target]} needs {edge.source!r} from the later stage "
-                f"{where[edge.source]}; stages must follow the order of the layers"
+                f"layer {edge.target!r} in stage {where[edge.target]} needs {edge.source!r} "
+                f"from the later stage {where[edge.source]}; stages must follow the order of the layers"
             )
 
 
@@ -75,7 +78,7 @@ def check_fit(costs: CostModel, number: int, nodes: int, device: int) -> None:
             if not costs.fits(held, device):
                 break
         raise PlanError(
-            f"stage {number} needs {draw.size(use.total)} and {target.name!r} has {draw.size(target.memory)}: "
-            f"from layer {costs.nodes[first].name!r} on there is no room. Move layers to another device, or use "
-            "fewer rows, a shorter context or a smaller dtype"
+            f"stage {number} needs {draw.size(use.total)} and {target.name!r} has {draw.size(target.memory)}; "
+            f"from {costs.nodes[first].name!r} on there is no room. Move layers to another device, or "
+            "use fewer rows, a shorter context or a smaller dtype"
         )

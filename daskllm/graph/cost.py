@@ -21,13 +21,15 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from daskllm.graph.cluster import Cluster, Device, Link, Workload
 from daskllm.graph.layers import LayerGraph
 from daskllm.graph.nodes import Node
 
-__all__ = ["CostModel", "Loads", "MemoryUse", "Objective"]
+__all__ = ["CostModel", "Kind", "Loads", "MemoryUse", "Objective", "settle"]
+
+Kind: TypeAlias = Literal["latency", "batch", "period"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ class Objective:
         [6.0, 9.0, 3.0]
     """
 
-    kind: Literal["latency", "batch", "period"] = "period"
+    kind: Kind = "period"
     micro_batches: float = math.inf
 
     def __post_init__(self) -> None:
@@ -70,9 +72,22 @@ class Objective:
         return self.of(loads.total, loads.largest, loads.back)
 
 
+def settle(goal: Objective | Kind, workload: Workload, stages: int) -> tuple[Objective, int]:
+    """The objective of a replica of that many stages, and into how many micro-batches its rows are cut.
+
+    >>> settle("period", Workload(rows=8), 2)
+    (Objective(kind='period', micro_batches=2), 2)
+    """
+    if isinstance(goal, Objective):
+        return goal, workload.in_flight(stages) if math.isinf(goal.micro_batches) else int(goal.micro_batches)
+    # One micro-batch alone has the least latency when it holds all rows.
+    in_flight = workload.in_flight(1 if goal == "latency" else stages)
+    return Objective(goal, in_flight), in_flight
+
+
 @dataclass(frozen=True, slots=True)
 class Loads:
-    """Seconds of one micro-batch in each stage, over the link after each but the last, and on the way back."""
+    """Seconds of one micro-batch: in each stage, over the link after each but the last, on the way back."""
 
     stages: tuple[float, ...]
     links: tuple[float, ...] = ()

@@ -239,7 +239,8 @@ def _mean(values: Sequence[float], otherwise: float) -> float:
 
 def _box(box: Box, at: _Place, fill: str) -> str:
     text = "".join(
-        f'<text x="{at.x:.1f}" y="{at.y + _LINE * (i + 1):.1f}" text-anchor="middle" fill="#0f172a">{escape(line)}</text>'
+        f'<text x="{at.x:.1f}" y="{at.y + _LINE * (i + 1):.1f}" text-anchor="middle" '
+        f'fill="#0f172a">{escape(line)}</text>'
         for i, line in enumerate(box.lines)
     )
     return (
@@ -253,7 +254,8 @@ def _arrow(a: _Place, b: _Place, label: str) -> str:
     # An arrow past other rows swings out to the side instead of crossing the boxes between.
     swing = (a.width + b.width) / 3 if bottom - top > 1.5 * _GAP_Y else 0.0
     middle = (top + bottom) / 2
-    path = f"M{a.x:.1f},{top:.1f} C{a.x + swing:.1f},{middle:.1f} {b.x + swing:.1f},{middle:.1f} {b.x:.1f},{bottom:.1f}"
+    bends = f"{a.x + swing:.1f},{middle:.1f} {b.x + swing:.1f},{middle:.1f}"
+    path = f"M{a.x:.1f},{top:.1f} C{bends} {b.x:.1f},{bottom:.1f}"
     text = (
         f'<text x="{(a.x + b.x) / 2 + 0.75 * swing + 4:.1f}" y="{middle + 4:.1f}" font-size="10" '
         f'fill="#64748b">{escape(label)}</text>'

@@ -1,4 +1,7 @@
-"""When no plan is possible: the error, and finding out which layer does not fit where and what would help."""
+"""When no plan is possible: the error, and which layer does not fit where and what would help.
+
+Owns the message alone; that there is no plan, the searches have found out.
+"""
 
 from __future__ import annotations
 
@@ -35,31 +38,33 @@ def explain_impossible(costs: CostModel, method: str, stages: int | None = None)
     room = sum(d.memory for d in cluster.devices)
     if use.total > room:
         short = use.total - room
-        more = math.ceil(short / largest.memory)
-        where = _first_left_out(costs)
         return PlanError(
-            f"the {len(nodes)} layers need {size(use.total)} (weights {size(use.weights)}, KV {size(use.kv)} for "
-            f"{costs.workload.rows:g} rows of {costs.workload.context} tokens, activations {size(use.activations)}) "
-            f"and the {len(cluster.devices)} devices have {size(room)}: {size(short)} short.{where} "
-            f"What would help: {more} more like {largest.name!r}, {_help(costs, False, prefix=False)}"
+            f"the {len(nodes)} layers need {_describe(costs, costs.all)} and the {len(cluster.devices)} "
+            f"device(s) have {size(room)}: {size(short)} short.{_first_left_out(costs)} What would help: "
+            f"{math.ceil(short / largest.memory)} more like {largest.name!r}, {_help(costs, False, prefix=False)}"
         )
     many = f" in exactly {stages} stages" if stages is not None else ""
+    rooms = ", ".join(f"{d.name} ({size(d.memory)})" for d in cluster.devices)
     return PlanError(
-        f"the {method} splitter found no way to put {len(nodes)} layers{many} on "
-        f"{', '.join(f'{d.name} ({size(d.memory)})' for d in cluster.devices)}, although {size(use.total)} would fit "
-        f"{size(room)} in sum.{_first_left_out(costs)} What would help: "
+        f"the {method} splitter found no way to put {len(nodes)} layers{many} on {rooms}, although "
+        f"{size(use.total)} would fit {size(room)} in sum.{_first_left_out(costs)} What would help: "
         + ('splitter="exact", ' if method != "exact" else "")
         + _help(costs, False, prefix=False)
     )
 
 
+def _describe(costs: CostModel, nodes: int) -> str:
+    use = costs.memory(nodes)
+    rows = f" for {costs.workload.rows:g} rows of {costs.workload.context} tokens" if use.kv else ""
+    parts = f"weights {size(use.weights)}, KV {size(use.kv)}{rows}, activations {size(use.activations)}"
+    return f"{size(use.total)} ({parts})"
+
+
 def _too_large(costs: CostModel, node: int, device: str) -> str:
-    use = costs.memory(1 << node)
     memory = next(d.memory for d in costs.cluster.devices if d.name == device)
     return (
-        f"layer {costs.nodes[node].name!r} needs {size(use.total)} (weights {size(use.weights)}, KV {size(use.kv)}, "
-        f"activations {size(use.activations)}) and fits no device that may run it; the largest, {device!r}, has "
-        f"{size(memory)}."
+        f"layer {costs.nodes[node].name!r} needs {_describe(costs, 1 << node)} and fits no device that may "
+        f"run it; the largest, {device!r}, has {size(memory)}."
     )
 
 
@@ -70,7 +75,8 @@ def _first_left_out(costs: CostModel) -> str:
         while device < len(devices) and not costs.fits(((1 << i + 1) - 1) & ~((1 << start) - 1), device):
             device, start = device + 1, i
         if device == len(devices):
-            return f" Packed in order, layer {costs.nodes[i].name!r} is the first without room, on {devices[-1].name!r}."
+            last = devices[-1].name
+            return f" Packed in order, layer {costs.nodes[i].name!r} is the first without room, on {last!r}."
     return ""
 
 

@@ -92,7 +92,7 @@ def _get(item: Any, field: str, owner: str) -> Any:
 
 
 def _refuse_colours(nodes: list[dict[str, Any]]) -> None:
-    """Nodes of one colour have to share a device (the training graphs' constraint), which is not planned here."""
+    """Nodes of one colour have to share a device (training graphs have them), which is not planned here."""
     colours = Counter(n["colorClass"] for n in nodes if n.get("colorClass") is not None)
     shared = [c for c, count in colours.items() if count > 1]
     if shared:

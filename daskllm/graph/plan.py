@@ -11,12 +11,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
-from typing import Any, Literal
+from typing import Any
 
 from daskllm.graph import draw
 from daskllm.graph.check import Assignment, check_devices, check_fit, check_layers, opened_for
 from daskllm.graph.cluster import Cluster, Workload
-from daskllm.graph.cost import CostModel, MemoryUse, Objective
+from daskllm.graph.cost import CostModel, Kind, MemoryUse, Objective, settle
 from daskllm.graph.layers import LayerGraph
 from daskllm.graph.simulate import Simulated, simulate_batch, simulate_loop
 
@@ -113,7 +113,7 @@ class Plan:
         graph: LayerGraph,
         cluster: Cluster,
         workload: Workload | None = None,
-        objective: Objective | Literal["latency", "batch", "period"] = "period",
+        objective: Objective | Kind = "period",
     ) -> Plan:
         """A plan written by hand, checked, with what it is expected to take.
 
@@ -125,7 +125,8 @@ class Plan:
             >>> from daskllm.graph.cluster import Device
             >>> from daskllm.graph.nodes import Node
             >>> graph = LayerGraph.chain([Node("a", seconds=2.0), Node("b", seconds=3.0)])
-            >>> plan = Plan.of([[("x", ["a"]), ("y", ["b"])]], graph, Cluster([Device("x", 1), Device("y", 1)]))
+            >>> cluster = Cluster((Device("x", memory=1), Device("y", memory=1)))
+            >>> plan = Plan.of([[("x", ["a"]), ("y", ["b"])]], graph, cluster)
             >>> plan.bottleneck, plan.replicas[0].slowest
             (3.0, 'stage 1 on y')
         """
@@ -135,9 +136,9 @@ class Plan:
         for stages in assignment:
             opened = opened_for(graph, stages)
             check_layers(stages, opened)
-            in_flight = workload.in_flight(len(stages))
-            goals.append(objective if isinstance(objective, Objective) else Objective(objective, in_flight))
-            replicas.append(_replica(CostModel(opened, cluster, workload, in_flight), stages, goals[-1]))
+            goal, in_flight = settle(objective, workload, len(stages))
+            goals.append(goal)
+            replicas.append(_replica(CostModel(opened, cluster, workload, in_flight), stages, goal))
         return cls(graph.name, tuple(replicas), goals[0], workload)
 
     @property
@@ -198,7 +199,7 @@ class Plan:
         """Each replica played out event by event: a loop for "period", one batch for the other objectives."""
         results = []
         for r in self.replicas:
-            stages = [(s.layers, s.device) for s in r.stages]
+            stages = [(s.device, s.layers) for s in r.stages]
             step, opened = self.workload.step(r.micro_batches), graph.reach(r.layers)
             if self.objective.kind == "period":
                 back = step.rows * self.workload.return_bytes
@@ -236,8 +237,8 @@ class Plan:
         stages = sorted({len(r.stages) for r in self.replicas})
         return (
             f"{self.graph}: {len(self.replicas)} replica(s) of {' or '.join(map(str, stages))} stage(s); "
-            f"{self.objective.kind} {self.value:.6g} s, bottleneck {self.bottleneck:.6g} s ({slowest.slowest}); "
-            f"splitter {self.splitter}, scheduler {self.scheduler}"
+            f"{self.objective.kind} {self.value:.6g} s, bottleneck {self.bottleneck:.6g} s "
+            f"({slowest.slowest}); splitter {self.splitter}, scheduler {self.scheduler}"
         )
 
     def __str__(self) -> str:

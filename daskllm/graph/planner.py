@@ -11,10 +11,10 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Literal, TypeAlias
+from typing import Literal
 
 from daskllm.graph.cluster import Cluster, Device, Workload
-from daskllm.graph.cost import CostModel, Objective
+from daskllm.graph.cost import CostModel, Kind, Objective, settle
 from daskllm.graph.errors import PlanError, explain_impossible
 from daskllm.graph.layers import LayerGraph
 from daskllm.graph.place import SCHEDULERS, place
@@ -22,8 +22,6 @@ from daskllm.graph.plan import Plan
 from daskllm.graph.split import SPLITTERS, Split, lower_bound, split
 
 __all__ = ["make_plan"]
-
-_Kind: TypeAlias = Literal["latency", "batch", "period"]
 
 
 def make_plan(
@@ -33,7 +31,7 @@ def make_plan(
     *,
     splitter: str = "exact",
     scheduler: str = "greedy",
-    objective: Objective | _Kind = "period",
+    objective: Objective | Kind = "period",
     stages: int | Literal["auto", "best"] = "auto",
     replicas: int | Literal["auto"] = "auto",
     seed: int = 0,
@@ -103,7 +101,7 @@ class _Planner:
         workload: Workload,
         splitter: str,
         scheduler: str,
-        objective: Objective | _Kind,
+        objective: Objective | Kind,
         seed: int,
     ) -> None:
         self.graph, self.cluster, self.workload = graph, cluster, workload
@@ -112,10 +110,7 @@ class _Planner:
 
     def pipeline(self, devices: Sequence[Device], stages: int) -> Split:
         """One replica of that many stages on some of these devices."""
-        in_flight = self.workload.in_flight(stages)
-        goal = self.objective
-        if not isinstance(goal, Objective):
-            goal = Objective(goal, in_flight)
+        goal, in_flight = settle(self.objective, self.workload, stages)
         costs = CostModel(self.graph, self.cluster.subset(d.name for d in devices), self.workload, in_flight)
         return place(split(costs, goal, self.splitter, stages), self.scheduler, seed=self.seed)
 
@@ -138,7 +133,10 @@ class _Planner:
                 found.append(self.pipeline(self.cluster.devices, stages))
         if not found:
             raise self._impossible()
-        return min(found, key=lambda s: s.value)
+        # A period is one micro-batch's, and with other numbers of stages those are of other sizes.
+        return min(
+            found, key=lambda s: s.value * (s.costs.micro_batches if self.objective == "period" else 1)
+        )
 
     def fixed(self, stages: int, replicas: int | Literal["auto"]) -> Iterator[Split]:
         """Replicas of ``stages`` each."""
@@ -156,7 +154,7 @@ class _Planner:
             yield self.pipeline(devices, stages)
 
     def auto(self, replicas: int | Literal["auto"]) -> Iterator[Split]:
-        """Whole replicas on the devices that hold the model, pipelines of as few stages as fit on the others."""
+        """Whole replicas on devices that hold the model, pipelines of as few stages as fit on the others."""
         left, found = self.by_size(), 0
         for device in [d for d in left if self._holds(d)]:
             if found == replicas:

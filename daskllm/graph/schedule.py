@@ -223,7 +223,7 @@ class Schedule:
         return self.cost[-1]
 
     def check(self, problem: Problem) -> None:
-        """ValueError unless every task runs once, where it may, after what it waits for, alone and in room."""
+        """ValueError unless every task runs once, where it may, after what it waits for, alone, in room."""
         at = {p.task: p for p in self.placed}
         machines = {m.name: i for i, m in enumerate(problem.machines)}
         if sorted(at) != sorted(problem.index) or len(at) < len(self.placed):

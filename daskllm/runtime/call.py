@@ -99,7 +99,7 @@ class Call:
         if isinstance(cell, (Sequence, np.ndarray)) and not isinstance(cell, (bytes, bytearray)):
             return _token_ids(cell)
         if _is_null(cell):
-            raise RowError("the prompt is null")
+            raise RowError("prompt is null")
         raise RowError(f"a prompt is text or a list of token ids, not {type(cell).__name__}")
 
     def _with_context(self, messages: list[Message]) -> list[Message]:
@@ -123,7 +123,7 @@ def _is_null(cell: Any) -> bool:
 
 def _user_turn(cell: str) -> list[Message]:
     if not cell:
-        raise RowError("the prompt is empty")
+        raise RowError("prompt is empty")
     # Dask turns object columns to text by default, message lists included; their text is no question.
     if cell.startswith(("[{'role'", '[{"role"')) and cell.endswith("}]"):
         raise RowError(

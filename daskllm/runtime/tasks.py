@@ -15,13 +15,14 @@ import pandas as pd
 
 from daskllm.runtime.call import Call, Place
 from daskllm.runtime.columns import attach, cells, columns_of, labels_of
+from daskllm.runtime.local import abandonment
 from daskllm.runtime.process import session_for
 from daskllm.runtime.progress import Reporter
 from daskllm.runtime.worker import current_task
 from daskllm.types import Prompt
 
 if TYPE_CHECKING:
-    from daskllm.session import ModelSpec, Session
+    from daskllm.session import Session
 
 __all__ = ["PLACE", "answer_bag", "answer_rows", "answer_table", "number_rows", "plain"]
 
@@ -65,11 +66,11 @@ def answer_rows(rows: Sequence[Sequence[Any]], call: Call, places: Sequence[Plac
         places: for each row where its draws start, if ``call.by_place``.
 
     Raises:
-        InterruptedError: the Dask task that waits for the rows was cancelled.
+        InterruptedError: the Dask task that waits for the rows was cancelled, or its run given up.
     """
     if not rows:
         return ()
-    with _watched(call.spec) as run:
+    with _watched(call) as run:
         prompts = call.prompts(rows, run.session.tokenizer)
         while True:
             try:
@@ -101,15 +102,16 @@ class _Run:
 
 
 @contextmanager
-def _watched(spec: ModelSpec) -> Iterator[_Run]:
+def _watched(call: Call) -> Iterator[_Run]:
     """This process's session, with the callbacks that tie a batch to the task that waits for it."""
-    session = session_for(spec)
+    given_up = abandonment(call)
+    session = session_for(call.spec)
     task = current_task()
     report = Reporter(task)
 
     def cancelled() -> bool:
         if task is None:
-            return False
+            return given_up()
         task.make_room()
         return task.cancelled()
 

@@ -34,9 +34,12 @@ def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 def test_linear(dtype: torch.dtype, into: int, out: int, bias: bool) -> None:
     x, weight = random(70, into, dtype=dtype), random(out, into, dtype=dtype) / into**0.5
     b = random(out, dtype=dtype) if bias else None
-    packed = cpu.pack(weight, b)
+    # Two weights side by side, as q, k, v or gate and up are.
+    weights, biases = weight.split([10, out - 10]), None if b is None else b.split([10, out - 10])
+    packed = cpu.pack(weights, biases)
     found = cpu.linear(x, packed)
-    close(found, reference.linear(x, reference.pack(weight, b)))
+    close(found, reference.linear(x, reference.pack([weight], None if b is None else [b])))
+    close(reference.linear(x, reference.pack(weights, biases)), found)
     for rows in (1, 2, 3, 4, 7, 33):
         assert torch.equal(cpu.linear(x[:rows], packed), found[:rows])
 

@@ -3,8 +3,8 @@
 ===========  =================================================================
 operation    what it does
 ===========  =================================================================
-pack         a weight in the layout that `linear` reads best
-linear       product with a packed weight, and its bias
+pack         weights, side by side as one, in the layout that `linear` reads best
+linear       product with packed weights, and their biases
 add_norm     residual add, then RMS or layer norm
 rope_store   q/k norm, rotary embedding, keys and values into the cache
 attention    every query row over its own sequence's blocks
@@ -14,6 +14,7 @@ activate     the MLP's activation, gated or not
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -35,7 +36,9 @@ def padded_head_dim(head_dim: int) -> int:
 class Kernels(Protocol):
     """The list, as a type; see `daskllm.engine.kernels.reference` for shapes and meaning."""
 
-    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Any: ...
+    PACKS: bool
+
+    def pack(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None) -> Any: ...
     def linear(self, x: torch.Tensor, weight: Any) -> torch.Tensor: ...
     def add_norm(
         self,

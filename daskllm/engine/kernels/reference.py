@@ -10,7 +10,7 @@ Shapes: a batch has ``rows`` tokens; a layer's cache is ``keys [blocks, kv_heads
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +19,10 @@ import torch.nn.functional as F
 
 from daskllm.engine.batch import Batch
 
-__all__ = ["Packed", "activate", "add_norm", "attention", "linear", "pack", "rope_store"]
+__all__ = ["PACKS", "Packed", "activate", "add_norm", "attention", "linear", "pack", "rope_store"]
+
+PACKS = False
+"""Whether `pack` copies, so that the blocks it was given are not needed any more."""
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -31,21 +34,22 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A weight ``[out, in]`` and its bias ``[out]``, as they are."""
+    """Weights ``[out, in]`` and biases ``[out]`` as they are: the blocks stay the only copy."""
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    out_features: int
+    weights: tuple[torch.Tensor, ...]
+    biases: tuple[torch.Tensor, ...] | None
 
 
-def pack(weight: torch.Tensor, bias: torch.Tensor | None) -> Packed:
+def pack(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None) -> Packed:
     """Nothing to reorder."""
-    return Packed(weight, bias, weight.shape[0])
+    return Packed(tuple(weights), None if biases is None else tuple(biases))
 
 
 def linear(x: torch.Tensor, weight: Packed) -> torch.Tensor:
-    """x @ weight.T + bias, ``[rows, in] -> [rows, out]``."""
-    return F.linear(x, weight.weight, weight.bias)
+    """x @ weight.T + bias of every weight, side by side: ``[rows, in] -> [rows, sum of out]``."""
+    biases = weight.biases or (None,) * len(weight.weights)
+    parts = [F.linear(x, w, b) for w, b in zip(weight.weights, biases, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def add_norm(

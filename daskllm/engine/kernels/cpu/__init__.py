@@ -12,7 +12,7 @@ See `daskllm.engine.kernels.reference` for what each operation computes.
 """
 
 from daskllm.engine.kernels.cpu.attention import attention, rope_store
-from daskllm.engine.kernels.cpu.linear import Packed, linear, pack
+from daskllm.engine.kernels.cpu.linear import PACKS, Packed, linear, pack
 from daskllm.engine.kernels.cpu.rows import activate, add_norm
 
-__all__ = ["Packed", "activate", "add_norm", "attention", "linear", "pack", "rope_store"]
+__all__ = ["PACKS", "Packed", "activate", "add_norm", "attention", "linear", "pack", "rope_store"]

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Packed", "linear", "pack"]
+__all__ = ["PACKS", "Packed", "linear", "pack"]
+
+PACKS = True
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A weight in oneDNN's own layout; opaque, and a copy of the block it was made from."""
+    """A weight in oneDNN's own layout; opaque, and a copy of the blocks it was made from."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
-    out_features: int
 
 
-def pack(weight: torch.Tensor, bias: torch.Tensor | None) -> Packed:
-    """Reorder a ``[out, in]`` weight once, so that every product reads it in the machine's best order."""
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
-    return Packed(packed, None if bias is None else bias.contiguous(), weight.shape[0])
+def pack(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None) -> Packed:
+    """Reorder ``[out, in]`` weights once, as one, into the layout that products read fastest."""
+    weight = weights[0].contiguous() if len(weights) == 1 else torch.cat(tuple(weights))
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    return Packed(packed, None if biases is None else torch.cat(tuple(biases)))
 
 
 def linear(x: torch.Tensor, weight: Packed) -> torch.Tensor:
