@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from random import Random
 
-__all__ = ["english", "chinese"]
+__all__ = ["chinese", "english"]
 
 _EN_PROMPTS = (
     "What is {a} + {b}?",

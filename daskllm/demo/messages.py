@@ -10,7 +10,7 @@ from __future__ import annotations
 import string
 from random import Random
 
-__all__ = ["english_date", "english_order", "chinese_date", "chinese_order"]
+__all__ = ["chinese_date", "chinese_order", "english_date", "english_order"]
 
 _MONTHS = (
     "January",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from random import Random
 
-__all__ = ["english", "chinese"]
+__all__ = ["chinese", "english"]
 
 _EN_NAMES = ("Anna", "Tom", "Lucy", "Peter", "Maria", "Jack", "Nina", "Omar", "Grace", "Leo", "Emma", "Paul")
 _EN_VERBS = (

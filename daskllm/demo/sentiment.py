@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
 
-__all__ = ["english", "chinese"]
+__all__ = ["chinese", "english"]
 
 _EN_THINGS = {
     "phone": ("battery", "screen", "camera", "speaker", "charger"),

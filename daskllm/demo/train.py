@@ -1,4 +1,6 @@
-"""Trains the bundled model and its tokenizer from nothing: ``python -m daskllm.demo.train --out DIR --seed 0``.
+"""Trains the bundled model and its tokenizer from nothing.
+
+``python -m daskllm.demo.train --out daskllm/demo/model --seed 0`` (``make demo-model``).
 
 BUDGET_PLACEHOLDER
 
@@ -106,9 +108,9 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._bos, self._end, self.pad, self._system, self._user, self._assistant = (
-            tokenizer.token_to_id(token) for token in SPECIALS
-        )
+        bos, end, pad, system, user, assistant = range(len(SPECIALS))  # the trainer numbers them first
+        self._bos, self._end, self.pad = bos, end, pad
+        self._system, self._user, self._assistant = system, user, assistant
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from random import Random
 
-__all__ = ["english", "chinese"]
+__all__ = ["chinese", "english"]
 
 _SUBJECTS = (
     ("the boy", "那个男孩"),

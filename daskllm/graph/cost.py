@@ -149,6 +149,9 @@ class CostModel:
             for n in self.nodes
             if n.tied is not None and n.tied[0] in self.index
         ]
+        self.barred = [
+            self.mask(n.name for n in self.nodes if not d.offers(n.resources)) for d in cluster.devices
+        ]
         self._edges = self._edge_bytes()
 
     def opened(self, names: Sequence[str]) -> CostModel:
@@ -192,7 +195,7 @@ class CostModel:
 
     def allowed(self, node: int, device: int) -> bool:
         """Whether a device offers the labels that a node wants."""
-        return self.cluster.devices[device].offers(self.nodes[node].resources)
+        return not self.barred[device] >> node & 1
 
     def compute(self, nodes: int, device: int) -> float:
         """Seconds that a device computes for a set of nodes."""
@@ -211,9 +214,10 @@ class CostModel:
 
     def fits(self, nodes: int, device: int) -> bool:
         """Whether a device has the memory and the labels for a set of nodes."""
-        if self.memory(nodes).total > self.cluster.devices[device].memory:
+        room = self.cluster.devices[device].memory
+        if not math.isinf(room) and self.memory(nodes).total > room:
             return False
-        return all(self.allowed(i, device) for i in self.members(nodes))
+        return not nodes & self.barred[device]
 
     def sends(self, source: int, targets: int) -> tuple[float, float]:
         """(bytes, given seconds) of the result of ``source`` that nodes of ``targets`` need."""

@@ -40,8 +40,9 @@ def explain_impossible(costs: CostModel, method: str, stages: int | None = None)
         short = use.total - room
         return PlanError(
             f"the {len(nodes)} layers need {_describe(costs, costs.all)} and the {len(cluster.devices)} "
-            f"device(s) have {size(room)}: {size(short)} short.{_first_left_out(costs)} What would help: "
-            f"{math.ceil(short / largest.memory)} more like {largest.name!r}, {_help(costs, False, prefix=False)}"
+            f"device(s) have {size(room)}: {size(short)} short.{_first_left_out(costs)} "
+            f"What would help: {math.ceil(short / largest.memory)} more like {largest.name!r}, "
+            + _help(costs, False, prefix=False)
         )
     many = f" in exactly {stages} stages" if stages is not None else ""
     rooms = ", ".join(f"{d.name} ({size(d.memory)})" for d in cluster.devices)

@@ -24,9 +24,7 @@ def answer(model: PreTrainedModel, rows: list[dict[str, Any]]) -> None:
     width, steps = max(len(r["prompt"]) for r in rows), max(r["out"] for r in rows)
     ids = torch.tensor([[0] * (width - len(r["prompt"])) + r["prompt"] for r in rows])
     mask = torch.tensor([[0] * (width - len(r["prompt"])) + [1] * len(r["prompt"]) for r in rows])
-    out = model.generate(
-        ids, attention_mask=mask, do_sample=False, max_new_tokens=steps, min_new_tokens=steps, pad_token_id=0
-    )
+    out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=steps, pad_token_id=0)
     assert out.shape[1] == width + steps
 
 
@@ -35,6 +33,7 @@ def main(path: str, work: str) -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     begun = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+    model.generation_config.eos_token_id = None  # exactly as many tokens as are asked for
     load_s = time.perf_counter() - begun
     rows = json.loads(Path(work).read_text())
     answer(model, rows[:4])
