@@ -78,7 +78,7 @@ def check_fit(costs: CostModel, number: int, nodes: int, device: int) -> None:
             if not costs.fits(held, device):
                 break
         raise PlanError(
-            f"stage {number} needs {draw.size(use.total)} and {target.name!r} has {draw.size(target.memory)}: "
+            f"stage {number} needs {draw.size(use.total)}, {target.name!r} has {draw.size(target.memory)}: "
             f"no room from {costs.nodes[first].name!r} on. Move layers to another device, or "
             "use fewer rows, a shorter context, a smaller dtype"
         )

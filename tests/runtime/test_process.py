@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from distributed import Client
+
+from daskllm.runtime import process
+from daskllm.runtime.process import close_session, open_session_on, session_for
+from daskllm.types import ModelError
+from tests.fake_session import FakeLLM, FakeSpec
+
+
+def test_one_session_is_opened_however_many_ask(fake: FakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    everyone = threading.Barrier(8)
+    opening = process.open_session
+
+    def slowly(spec: Any) -> Any:
+        opened.append(spec)
+        everyone.wait(10)  # the others are asking while this opens
+        return opening(spec)
+
+    def ask(number: int) -> Any:
+        if number:
+            everyone.wait(10)
+        return session_for(fake.spec)
+
+    monkeypatch.setattr(process, "open_session", slowly)
+    with ThreadPoolExecutor(8) as pool:
+        first = pool.submit(ask, 0)
+        sessions = {id(future.result()) for future in [first, *(pool.submit(ask, i) for i in range(1, 8))]}
+    assert len(sessions) == 1
+    assert len(opened) == 1
+
+
+def test_a_failure_reaches_all_who_wait_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec: Any = FakeSpec(log="", broken=True)
+    asked = threading.Event()
+    opening = process.open_session
+
+    def slowly(spec: Any) -> Any:
+        asked.wait(10)
+        return opening(spec)
+
+    monkeypatch.setattr(process, "open_session", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(session_for, spec) for _ in range(4)]
+        asked.set()
+        errors = [future.exception() for future in futures]
+    assert all(isinstance(error, ModelError) for error in errors)
+    assert spec not in process._sessions
+
+
+def test_a_closed_session_is_opened_anew(fake: FakeLLM) -> None:
+    first = fake.session()
+    close_session(fake.spec)  # type: ignore[arg-type]
+    close_session(fake.spec)  # type: ignore[arg-type]
+    assert first.closed
+    assert fake.session() is not first
+
+
+@pytest.mark.cluster
+def test_opening_on_workers_raises_what_opening_raises(two_processes: Client, fake: FakeLLM) -> None:
+    with pytest.raises(ModelError, match="is broken"):
+        two_processes.run(open_session_on, FakeSpec(log="", broken=True))
+    assert len(two_processes.run(open_session_on, fake.spec)) == 2

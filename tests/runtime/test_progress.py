@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import dask.dataframe as dd
+import pandas as pd
+import pytest
+from distributed import Client
+
+from daskllm.runtime.progress import Increment, Reporter, follow
+from tests.fake_session import Counts, FakeLLM
+
+TABLE = pd.DataFrame({"text": ["a", "b", None, "c"]})
+
+
+def total(heard: list[Increment]) -> tuple[int, int, int]:
+    return sum(i.rows for i in heard), sum(i.output_tokens for i in heard), sum(i.errors for i in heard)
+
+
+def test_those_who_follow_hear_of_rows_in_this_process(fake: FakeLLM) -> None:
+    heard: list[Increment] = []
+    also: list[Increment] = []
+    with follow(None, heard.append), follow(None, also.append):
+        TABLE.llm.generate(fake, "text")
+        dd.from_pandas(TABLE, npartitions=2).llm.generate(fake, "text").compute(scheduler="threads")
+    TABLE.llm.generate(fake, "text")
+    assert total(heard) == (8, 18, 2)
+    assert total(also) == (8, 18, 2)
+
+
+def test_increments_between_two_events_are_put_together() -> None:
+    heard: list[Increment] = []
+    report = Reporter(None)
+    with follow(None, heard.append):
+        for _ in range(1000):
+            report(Counts(1, 2, 3, 0))
+        report.flush()
+        report.flush()
+    assert total(heard) == (1000, 3000, 0)
+    assert len(heard) < 10
+
+
+@pytest.mark.cluster
+def test_those_who_follow_a_client_hear_of_its_workers(fake: FakeLLM, two_processes: Client) -> None:
+    heard: list[Increment] = []
+    also: list[Increment] = []
+    frame = dd.from_pandas(TABLE, npartitions=4)
+    # Three different calls, since a cluster may still hold the answers to an earlier one.
+    first, second, third = (frame.llm.generate(fake, "text", max_tokens=n) for n in (1, 2, 3))
+    with follow(two_processes, heard.append):
+        with follow(two_processes, also.append):
+            first.compute()
+        second.compute()
+    third.compute()
+    assert total(also) == (4, 9, 1)
+    assert total(heard) == (8, 18, 2)
+    assert all(increment.worker for increment in heard)

@@ -1,0 +1,111 @@
+"""What tasks do on a worker: two in flight, and none that nobody wants."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import dask.dataframe as dd
+import pandas as pd
+import pytest
+from distributed import Client
+
+from daskllm import machine
+from daskllm.runtime.process import open_session_on
+from daskllm.runtime.worker import current_task, current_worker
+from tests.fake_session import FakeLLM
+
+pytestmark = pytest.mark.cluster
+
+
+def wait_until(client: Client, what: Any) -> None:
+    """Give the cluster's events a chance until ``what()`` holds; fails when it never does."""
+    import time
+
+    end = time.monotonic() + 30
+    while not what():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.01)
+
+
+def frame(npartitions: int) -> Any:
+    return dd.from_map(_part, range(npartitions))
+
+
+def _part(number: int) -> pd.DataFrame:
+    return pd.DataFrame({"text": [f"part {number}"]})
+
+
+def test_outside_a_worker_there_is_no_task() -> None:
+    assert current_worker() is None
+    assert current_task() is None
+
+
+def test_a_one_thread_worker_has_two_partitions_in_flight_and_no_more(
+    gated: FakeLLM, one_thread: Client
+) -> None:
+    scheduler = one_thread.cluster.scheduler
+    future = one_thread.compute(frame(6).llm.generate(gated, "text"))
+    session = gated.session()
+    wait_until(one_thread, lambda: session.running == 2)
+    # What is not in flight is not even on the worker, or is there to be stolen.
+    (worker,) = scheduler.workers.values()
+    wait_until(one_thread, lambda: len(worker.long_running) == 1)
+    assert sum(task.state == "queued" for task in scheduler.tasks.values()) >= 3
+    Path(str(gated.spec.gate)).touch()
+    assert len(future.result()) == 6
+    assert session.most_running == 2
+    assert gated.rows == 6
+
+
+def test_the_next_task_leaves_the_pool_when_the_first_is_done(gated: FakeLLM, one_thread: Client) -> None:
+    frames = [frame(1).llm.generate(gated, "text", max_tokens=n) for n in (1, 2, 3)]
+    first, second, third = one_thread.compute(frames)
+    session = gated.session()
+    wait_until(one_thread, lambda: session.running == 2)
+    for future in (first, second, third):
+        if future.key in {task.key for w in one_thread.cluster.workers.values() for task in w.state.long_running}:
+            future.cancel()
+    wait_until(one_thread, lambda: gated.rows == 3 and session.running == 2)
+    Path(str(gated.spec.gate)).touch()
+    assert session.most_running == 2
+
+
+def test_a_cancelled_future_stops_its_rows(gated: FakeLLM, one_thread: Client) -> None:
+    future = one_thread.compute(frame(1).llm.generate(gated, "text"))
+    session = gated.session()
+    wait_until(one_thread, lambda: session.running == 1)
+    future.cancel()
+    assert session.interrupted.wait(30)
+    wait_until(one_thread, lambda: session.running == 0)
+    Path(str(gated.spec.gate)).touch()
+    again = one_thread.compute(frame(1).llm.generate(gated, "text"))
+    assert list(again.result()["generated"]) == ["<part 0>"]
+
+
+def test_rows_over_a_client_are_cancelled_with_their_call(gated: FakeLLM, one_thread: Client) -> None:
+    from daskllm.runtime.call import Call
+    from daskllm.runtime.cluster import over_rows
+    from daskllm.runtime.tasks import answer_rows
+
+    call = Call(spec=gated.spec, kind="generate")  # type: ignore[arg-type]
+    session = gated.session()
+
+    class Interrupting(Client):
+        """As if the user interrupted while waiting."""
+
+        def gather(self, *args: Any, **kwargs: Any) -> Any:
+            wait_until(self, lambda: session.running)
+            raise KeyboardInterrupt
+
+    with Interrupting(one_thread.cluster) as client, pytest.raises(KeyboardInterrupt):
+        over_rows(client, answer_rows, [("a",), ("b",)], call)
+    assert session.interrupted.wait(30)
+
+
+def test_worker_processes_share_the_cores(fake: FakeLLM, two_processes: Client) -> None:
+    two_processes.run(open_session_on, fake.spec)
+    cores = two_processes.run(machine.cores)
+    assert len(cores) == 2
+    assert set(cores.values()) == {max(1, len(os.sched_getaffinity(0)) // 2)}

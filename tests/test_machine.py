@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from daskllm import machine
+
+GIB = 1 << 30
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    before = machine._share
+    machine.set_share(1)
+    yield
+    machine._share = before
+
+
+def cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **files: str) -> None:
+    for name, text in files.items():
+        (tmp_path / name.replace("_", ".", 1)).write_text(text + "\n")
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+
+
+def test_cores_are_divided_and_never_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cgroup(tmp_path, monkeypatch)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    assert machine.cores() == 8
+    machine.set_share(3)
+    assert machine.cores() == 2
+    machine.set_share(100)
+    assert machine.cores() == 1
+    with pytest.raises(ValueError, match="processes"):
+        machine.set_share(0)
+
+
+@pytest.mark.parametrize(("cpu_max", "cores"), [("max 100000", 8), ("150000 100000", 2), ("50000 100000", 1)])
+def test_a_control_group_may_grant_fewer_cores(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cpu_max: str, cores: int
+) -> None:
+    cgroup(tmp_path, monkeypatch, cpu_max=cpu_max)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    assert machine.cores() == cores
+
+
+def test_memory_is_the_least_of_what_allows_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Machine:
+        total, available = 64 * GIB, 60 * GIB
+
+    monkeypatch.setattr(psutil, "virtual_memory", Machine)
+    cgroup(tmp_path, monkeypatch, memory_max="max", memory_current="0")
+    assert machine.total_memory() == 64 * GIB
+    assert machine.available_memory() == 60 * GIB
+    cgroup(
+        tmp_path,
+        monkeypatch,
+        memory_max=str(8 * GIB),
+        memory_current=str(6 * GIB),
+        memory_stat=f"anon 1\ninactive_file {2 * GIB}",
+    )
+    assert machine.total_memory() == 8 * GIB
+    assert machine.available_memory() == 4 * GIB
+    machine.set_share(2, memory_limit=10 * GIB)
+    assert machine.available_memory() == 2 * GIB
+    machine.set_share(2, memory_limit=1)
+    assert machine.total_memory() == 1
+    assert machine.available_memory() == 0
