@@ -26,8 +26,8 @@ from daskllm import __version__
 from daskllm.llm import load
 from daskllm.machine import cores
 from daskllm.runtime.process import session_for
-from daskllm.session import ModelSpec, Session
-from daskllm.types import SamplingParams
+from daskllm.session import Session
+from daskllm.types import ModelSpec, SamplingParams
 
 __all__ = ["WorkRow", "measure", "read_work"]
 

@@ -29,9 +29,9 @@ from daskllm.runtime.call import Call, Kind, draw_seed
 from daskllm.runtime.cluster import client_for, over_rows
 from daskllm.runtime.process import close_session, close_session_on, open_session_on, session_for
 from daskllm.runtime.tasks import answer_bag, answer_rows, plain
-from daskllm.session import ModelSpec, Session
+from daskllm.session import Session
 from daskllm.text.tokenizer import Tokenizer
-from daskllm.types import Completion, RowError, SamplingParams
+from daskllm.types import Completion, ModelSpec, RowError, SamplingParams
 
 if TYPE_CHECKING:
     from distributed import Client

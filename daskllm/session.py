@@ -11,57 +11,30 @@ import queue
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from daskllm import machine
-from daskllm.blocks import array
-from daskllm.blocks.load import load_layers, release_packed
-from daskllm.blocks.store import STORE, BlockKey
-from daskllm.checkpoint import Checkpoint, open_checkpoint
-from daskllm.engine import kernels
 from daskllm.engine.batcher import Batcher
 from daskllm.engine.engine import Engine, Ticket
 from daskllm.engine.kvcache import BlockPool, KVCache, blocks_for, bytes_per_block
+from daskllm.engine.layers import ResidentModel
 from daskllm.engine.runner import Runner
 from daskllm.engine.sequence import Request, Sample
 from daskllm.metrics import EngineMetrics
-from daskllm.models import DecoderConfig, describe, layer_names
 from daskllm.text.stream import Detokenizer
 from daskllm.text.tokenizer import Tokenizer
-from daskllm.types import Completion, ModelError, Prompt, RowError, SamplingParams
+from daskllm.types import Completion, ModelError, ModelSpec, Prompt, RowError, SamplingParams
 
-__all__ = ["ModelSpec", "Progress", "Score", "Session"]
+__all__ = ["Progress", "Score", "Session"]
 
 _MAX_SEQUENCES = 64
 _MAX_STEP_TOKENS = 512
 _KV_SHARE = 0.4
 """Part of the free memory that the KV cache may grow to when nobody says."""
 _POLL_SECONDS = 0.25
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSpec:
-    """Which model, and how it is to be opened: the small handle that travels instead of weights.
-
-    Attributes:
-        path: a directory or a Hub id, as every process that opens it can reach it.
-        revision: of a Hub id.
-        dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
-        device: "auto" (a GPU where there is one), "cpu" or "cuda".
-        kv_memory: bytes of KV cache per process; None takes a share of the memory that is free.
-        identity: the checkpoint's, so that a changed directory is another model.
-    """
-
-    path: str
-    revision: str | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    kv_memory: int | None = None
-    identity: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,19 +79,10 @@ class Session:
     """An open model. `Session.open` makes one; one per process and specification is enough, since all its
     callers share the engine's batch."""
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        config: DecoderConfig,
-        tokenizer: Tokenizer,
-        engine: Engine,
-        eos_token_ids: Sequence[int],
-        blocks: str,
-    ) -> None:
-        self.spec, self.config, self.tokenizer, self.engine = spec, config, tokenizer, engine
-        self._blocks = blocks
-        self.eos_token_ids = tuple(eos_token_ids)
-        self.context = engine.context
+    def __init__(self, spec: ModelSpec, model: ResidentModel, tokenizer: Tokenizer, engine: Engine) -> None:
+        self.spec, self.model, self.tokenizer, self.engine = spec, model, tokenizer, engine
+        self.config, self.context = model.config, engine.context
+        self.eos_token_ids = _eos_ids(model)
         # The engine's thread must have left torch before the interpreter takes it down.
         self._at_exit = weakref.WeakMethod(self.close)
         atexit.register(_close_at_exit, self._at_exit)
@@ -131,30 +95,20 @@ class Session:
             ModelError: the directory cannot be loaded; nothing of it stays in memory.
             ValueError: the device or the memory asked for is not there.
         """
-        checkpoint = open_checkpoint(spec.path, spec.revision)
-        config = describe(checkpoint.config)
-        tokenizer = Tokenizer.from_directory(Path(checkpoint.path))
-        device = _device(spec.device)
-        dtype = _compute_dtype(spec.dtype, config, device)
+        model = ResidentModel.open(spec)
+        config = model.config
+        tokenizer = Tokenizer.from_directory(model.checkpoint.path)
         threads = machine.cores()
         torch.set_num_threads(threads)
-        blocks = _kv_blocks(spec.kv_memory, config, dtype, device)
-        layers = layer_names(config)
-        model = f"{spec.identity or checkpoint.identity}/{dtype}/{device}"
-        weights = _LayerByLayer(checkpoint, config, model, device, dtype)
-        try:
-            cache = KVCache(
-                blocks, config.num_layers, config.num_kv_heads, config.head_dim, array.DTYPES[dtype], device
-            )
-            chosen = kernels.select(device, array.DTYPES[dtype])
-            runner = Runner(config, layers, weights, cache, chosen, device)
-        except BaseException:
-            STORE.drop(model)
-            raise
-        checkpoint.close()
+        blocks = _kv_blocks(spec.kv_memory, model)
+        layers = model.layers()
+        cache = KVCache(
+            blocks, config.num_layers, config.num_kv_heads, config.head_dim, model.torch_dtype, model.device
+        )
+        runner = Runner(config, layers, cache, model.kernels, model.device)
         batcher = Batcher(BlockPool(blocks), _MAX_SEQUENCES, _MAX_STEP_TOKENS)
         engine = Engine(runner, batcher, config.max_positions, threads)
-        return cls(spec, config, tokenizer, engine, _eos_ids(checkpoint, config), model)
+        return cls(spec, model, tokenizer, engine)
 
     @property
     def metrics(self) -> EngineMetrics:
@@ -165,7 +119,7 @@ class Session:
         """Stop the engine and let the weights go; rows that are still waiting fail."""
         atexit.unregister(_close_at_exit)
         self.engine.close()
-        STORE.drop(self._blocks)
+        self.model.close()
 
     # --- generation ---------------------------------------------------------------------------------
 
@@ -462,81 +416,28 @@ def _id(value: Any) -> int:
     return int(value)
 
 
-def _device(device: str) -> str:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError('device="cuda" but torch sees no GPU; use device="cpu" or "auto"')
-    return device
-
-
-def _compute_dtype(dtype: str, config: DecoderConfig, device: str) -> str:
-    """The type that weights are kept and multiplied in.
-
-    A CPU has no float16 arithmetic of its own and some have no bfloat16's either: there the weights are
-    widened to float32, which changes no weight.
-    """
-    wanted = config.dtype if dtype == "auto" else dtype
-    if device == "cpu":
-        native = {"float32": True, "bfloat16": torch.ops.mkldnn._is_mkldnn_bf16_supported(), "float16": False}
-        return wanted if native[wanted] else "float32"
-    return wanted
-
-
-def _kv_blocks(kv_memory: int | None, config: DecoderConfig, dtype: str, device: str) -> int:
-    itemsize = array.DTYPES[dtype].itemsize
+def _kv_blocks(kv_memory: int | None, model: ResidentModel) -> int:
+    config = model.config
+    itemsize = model.torch_dtype.itemsize
     size = bytes_per_block(config.num_layers, config.num_kv_heads, config.head_dim, itemsize)
     enough = _MAX_SEQUENCES * blocks_for(config.max_positions)
     if kv_memory is not None:
         if kv_memory < size:
             raise ValueError(f"kv_memory={kv_memory} is less than one KV block of this model ({size} bytes)")
         return min(kv_memory // size, enough)
-    free = machine.available_memory() if device == "cpu" else torch.cuda.mem_get_info()[0]
+    free = machine.available_memory() if model.device == "cpu" else torch.cuda.mem_get_info()[0]
     blocks = min(int(free * _KV_SHARE) // size, enough)
     if blocks < 1:
         raise ModelError(f"no memory for a KV cache: {free} bytes are free, one block takes {size}")
     return blocks
 
 
-def _eos_ids(checkpoint: Checkpoint, config: DecoderConfig) -> tuple[int, ...]:
+def _eos_ids(model: ResidentModel) -> tuple[int, ...]:
     """generation_config.json's, else config.json's."""
-    found = checkpoint.generation_config.get("eos_token_id")
+    found = model.checkpoint.generation_config.get("eos_token_id")
     if found is None:
-        return config.eos_token_ids
+        return model.config.eos_token_ids
     return tuple(found) if isinstance(found, list) else (int(found),)
-
-
-class _LayerByLayer:
-    """Blocks for a runner that is being built: a layer is loaded when it is first read, and let go as it is
-    packed, so that no more than one layer is ever in memory twice."""
-
-    def __init__(
-        self, checkpoint: Checkpoint, config: DecoderConfig, model: str, device: str, dtype: str
-    ) -> None:
-        self._checkpoint, self._config = checkpoint, config
-        self._model, self._device, self._dtype = model, device, dtype
-        self._names: dict[str, set[str]] = {}
-
-    def read(self, layer: str, name: str) -> torch.Tensor | None:
-        """The block's tensor; None where the model has no such block."""
-        if layer not in self._names:
-            load_layers(
-                self._checkpoint,
-                self._config,
-                [layer],
-                model=self._model,
-                device=self._device,
-                dtype=self._dtype,
-            )
-            self._names[layer] = {key.name for key in STORE.keys(self._model) if key.layer == layer}
-        if name not in self._names[layer]:
-            return None
-        return array.to_torch(STORE.get(BlockKey(self._model, 0, layer, name)), self._dtype)
-
-    def packed(self, layer: str, names: Sequence[str]) -> None:
-        """Let go of what kernels have copied; a tied head's block is still the embedding's."""
-        if not (layer == "head" and self._config.tied):
-            release_packed(self._model, layer, names=names)
 
 
 def _close_at_exit(method: weakref.WeakMethod[Callable[[], None]]) -> None:

@@ -17,6 +17,7 @@ __all__ = [
     "FinishReason",
     "Message",
     "ModelError",
+    "ModelSpec",
     "Prompt",
     "RowError",
     "SamplingParams",
@@ -42,6 +43,27 @@ class RowError(DaskLLMError):
 
 Prompt: TypeAlias = "str | Sequence[int] | Sequence[Message] | RowError"
 """What one row asks: text, token ids, chat messages, or the reason why it already failed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """Which model, and how it is to be opened: the small handle that travels instead of weights.
+
+    Attributes:
+        path: a directory or a Hub id, as every process that opens it can reach it.
+        revision: of a Hub id.
+        dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
+        device: "auto" (a GPU where there is one), "cpu" or "cuda".
+        kv_memory: bytes of KV cache per process; None takes a share of the memory that is free.
+        identity: the checkpoint's, so that a changed directory is another model.
+    """
+
+    path: str
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    kv_memory: int | None = None
+    identity: str = ""
 
 
 def _as_tuple(name: str, value: Any, kind: type, what: str) -> tuple[Any, ...]:

@@ -48,6 +48,8 @@ class FakeSpec:
     gate: str | None = None
     broken: bool = False
     path: str = "fake"
+    dtype: str = "none"
+    device: str = "none"
 
 
 class FakeTokenizer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dask
@@ -111,9 +112,7 @@ def test_a_filter_on_the_input_runs_the_model_on_the_rows_that_stay(
     pd.testing.assert_frame_equal(kept, whole[whole["id"] > 30])
 
 
-def test_a_filter_on_both_runs_the_model_on_what_the_inputs_leave(
-    fake: FakeLLM, table: pd.DataFrame
-) -> None:
+def test_a_filter_on_both_runs_the_model_on_what_the_inputs_leave(fake: FakeLLM, table: pd.DataFrame) -> None:
     out = dask_table(table).llm.generate(fake, "text")
     kept = out[(out.id > 30) & (out.generated != "<row 33>")].compute()
     assert list(kept["id"]) == [31, 32, *range(34, 40)]
@@ -305,8 +304,7 @@ def test_a_bad_call_is_refused_before_any_work(
 
 def test_chat_is_refused_where_the_model_is_known_not_to_chat(fake: FakeLLM) -> None:
     class Mute(FakeLLM):
-        class tokenizer:
-            has_chat_template = False
+        tokenizer = SimpleNamespace(has_chat_template=False)
 
     with pytest.raises(ValueError, match="no chat template"):
         pd.DataFrame({"text": ["a"]}).llm.chat(Mute(fake.spec), "text")
@@ -368,7 +366,7 @@ def test_two_processes_give_what_this_one_gives(
     out = dask_table(table, 8).llm.generate(fake, "text").compute()
     there = table.llm.generate(fake, "text")
     ran = set(fake.processes)
-    assert ran and len(ran) <= 2
+    assert len(ran) in (1, 2)
     with dask.config.set(scheduler="sync"):
         here = table.llm.generate(fake, "text")
     assert len(set(fake.processes) - ran) == 1

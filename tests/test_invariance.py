@@ -13,8 +13,8 @@ import torch
 from daskllm.engine import sampler
 from daskllm.engine.kvcache import bytes_per_block
 from daskllm.engine.sequence import SequenceState
-from daskllm.session import ModelSpec, Session
-from daskllm.types import SamplingParams
+from daskllm.session import Session
+from daskllm.types import ModelSpec, SamplingParams
 from tests import tiny
 
 Seen = dict[tuple[int, ...], torch.Tensor]

@@ -159,9 +159,7 @@ def test_the_seeds_functions_give_continuations_in_order(llm: LLM, fake: FakeLLM
 
 
 @pytest.mark.cluster
-def test_lists_and_bags_go_over_the_current_client(
-    llm: LLM, fake: FakeLLM, two_processes: Client
-) -> None:
+def test_lists_and_bags_go_over_the_current_client(llm: LLM, fake: FakeLLM, two_processes: Client) -> None:
     prompts = [f"p{i}" for i in range(100)]
     assert [c.text for c in llm.generate(prompts)] == [f"<{p}>" for p in prompts]
     there = set(fake.processes)
@@ -238,7 +236,11 @@ def test_importing_gives_tables_their_accessor_and_no_torch() -> None:
         "assert 'torch' in sys.modules"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == []

@@ -10,8 +10,8 @@ import torch
 
 from daskllm.engine.batch import Batch, Chunk
 from daskllm.engine.kvcache import blocks_for
-from daskllm.session import ModelSpec, Session
-from daskllm.types import SamplingParams
+from daskllm.session import Session
+from daskllm.types import ModelSpec, SamplingParams
 from tests import tiny
 
 NEW_TOKENS = 64

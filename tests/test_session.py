@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from daskllm.blocks.store import STORE
-from daskllm.session import ModelSpec, Progress, Session
-from daskllm.types import Completion, Message, ModelError, Prompt, RowError, SamplingParams
+from daskllm.session import Progress, Session
+from daskllm.types import Completion, Message, ModelError, ModelSpec, Prompt, RowError, SamplingParams
 from tests import tiny
 
 STORIES = Path(__file__).parents[2] / "shared/models/stories260K"

@@ -63,6 +63,11 @@ class BlockStore:
                     "not held in this process; load its layer first"
                 ) from None
 
+    def find(self, key: BlockKey) -> Block | None:
+        """One block, None where it is not held."""
+        with self._lock:
+            return self._blocks.get(key)
+
     def keys(self, model: str | None = None) -> list[BlockKey]:
         """What is held, of one model or of all, in the order of loading."""
         with self._lock:

@@ -21,7 +21,7 @@ Table = TypeVar("Table", pd.DataFrame, dd.DataFrame)
 
 class _Accessor(Generic[Table]):
     def __init__(self, table: Table) -> None:
-        self._table = table
+        self._table: Table = table
 
     def generate(
         self,

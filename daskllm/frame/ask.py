@@ -22,7 +22,8 @@ from daskllm.text.template import PromptTemplate
 from daskllm.types import SamplingParams
 
 if TYPE_CHECKING:
-    from daskllm.session import ModelSpec, Session
+    from daskllm.session import Session
+    from daskllm.types import ModelSpec
 
 __all__ = ["Handle", "ask_series", "ask_table", "call_over", "check_chats"]
 

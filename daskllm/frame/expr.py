@@ -136,7 +136,8 @@ class Answered(Elemwise):  # type: ignore[misc]
 
     def _filtered(self, parent: Expr, dependents: Any) -> Expr | None:
         """A filter put below the model, or that part of it that does not read the answers."""
-        below, above = [], []
+        below: list[Expr] = []
+        above: list[Expr] = []
         for part in _conjunction(parent.predicate):
             (below if self._reads_input_only(part) else above).append(part)
         # A reduction would see fewer rows once a part of the filter went below it.

@@ -79,7 +79,8 @@ def settle(goal: Objective | Kind, workload: Workload, stages: int) -> tuple[Obj
     (Objective(kind='period', micro_batches=2), 2)
     """
     if isinstance(goal, Objective):
-        return goal, workload.in_flight(stages) if math.isinf(goal.micro_batches) else int(goal.micro_batches)
+        # Endlessly many micro-batches have a size of their own, which the number of stages must not change.
+        return goal, workload.in_flight(1) if math.isinf(goal.micro_batches) else int(goal.micro_batches)
     # One micro-batch alone has the least latency when it holds all rows.
     in_flight = workload.in_flight(1 if goal == "latency" else stages)
     return Objective(goal, in_flight), in_flight

@@ -157,7 +157,8 @@ class Plan:
         total = 0.0
         for replica in self.replicas:
             times = [s.seconds for s in replica.stages] + [s.link_seconds for s in replica.stages]
-            loop = Objective("period", replica.micro_batches)
+            endless = math.isinf(self.objective.micro_batches)
+            loop = Objective("period", math.inf if endless else replica.micro_batches)
             period = loop.of(sum(times), max(times), replica.back_seconds)
             tokens = self.workload.rows * self.workload.tokens / replica.micro_batches
             total += tokens / period if period else math.inf
@@ -203,8 +204,11 @@ class Plan:
             step, opened = self.workload.step(r.micro_batches), graph.reach(r.layers)
             if self.objective.kind == "period":
                 back = step.rows * self.workload.return_bytes
+                # Twice as many as stages keep the slowest stage or link busy whatever the others take.
+                endless = math.isinf(self.objective.micro_batches)
+                in_flight = 2 * len(stages) if endless else r.micro_batches
                 run = simulate_loop(
-                    opened, cluster, stages, step, r.micro_batches, return_bytes=back, rounds=rounds
+                    opened, cluster, stages, step, in_flight, return_bytes=back, rounds=rounds
                 )
             else:
                 count = 1 if self.objective.kind == "latency" else r.micro_batches

@@ -13,14 +13,15 @@ from numbers import Integral, Number
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
+import pandas as pd
 
 from daskllm.text.prompt import build
 from daskllm.text.template import PromptTemplate
 from daskllm.types import Message, Prompt, RowError, SamplingParams
 
 if TYPE_CHECKING:
-    from daskllm.session import ModelSpec
     from daskllm.text.tokenizer import Tokenizer
+    from daskllm.types import ModelSpec
 
 __all__ = ["Call", "Kind", "Place", "draw_seed"]
 
@@ -90,17 +91,16 @@ class Call:
             return error
 
     def _from_cell(self, cell: Any) -> Prompt:
+        if _is_null(cell):
+            raise RowError("prompt is null")
         if isinstance(cell, Number):
             cell = str(cell)
         if isinstance(cell, str):
             return self._with_context(_user_turn(cell)) if self.kind == "chat" else cell
-        if self.kind == "chat":
-            return self._with_context(_messages(cell))
-        if isinstance(cell, (Sequence, np.ndarray)) and not isinstance(cell, (bytes, bytearray)):
-            return _token_ids(cell)
-        if _is_null(cell):
-            raise RowError("prompt is null")
-        raise RowError(f"a prompt is text or a list of token ids, not {type(cell).__name__}")
+        if not isinstance(cell, (Sequence, np.ndarray)) or isinstance(cell, (bytes, bytearray)):
+            lists = "messages" if self.kind == "chat" else "token ids"
+            raise RowError(f"a prompt is text or a list of {lists}, not {type(cell).__name__}")
+        return self._with_context(_messages(cell)) if self.kind == "chat" else _token_ids(cell)
 
     def _with_context(self, messages: list[Message]) -> list[Message]:
         """The messages behind the system text and the examples; a system turn of their own goes first."""
@@ -117,8 +117,7 @@ class Call:
 
 
 def _is_null(cell: Any) -> bool:
-    # NaN, NaT and pandas' NA are the scalars that do not equal themselves (NA's comparison is NA itself).
-    return cell is None or (not isinstance(cell, (Mapping, set)) and (cell != cell) is not False)
+    return bool(pd.api.types.is_scalar(cell) and pd.isna(cell))
 
 
 def _user_turn(cell: str) -> list[Message]:
@@ -133,13 +132,9 @@ def _user_turn(cell: str) -> list[Message]:
     return [{"role": "user", "content": cell}]
 
 
-def _messages(cell: Any) -> list[Message]:
-    if isinstance(cell, Mapping) or not isinstance(cell, (Sequence, np.ndarray)):
-        if not isinstance(cell, Mapping) and _is_null(cell):
-            raise RowError("the messages are null")
-        raise RowError(f"messages are text or a list of messages, not {type(cell).__name__}")
+def _messages(cell: Sequence[Any] | np.ndarray) -> list[Message]:
     if len(cell) == 0:
-        raise RowError("the list of messages is empty")
+        raise RowError("prompt is empty: a list of no messages")
     for message in cell:
         if not isinstance(message, Mapping) or "role" not in message:
             raise RowError(f"a message is a mapping with 'role' and 'content', not {message!r:.80}")
@@ -147,7 +142,7 @@ def _messages(cell: Any) -> list[Message]:
     return [{name: value for name, value in message.items() if value is not None} for message in cell]
 
 
-def _token_ids(cell: Any) -> list[int]:
+def _token_ids(cell: Sequence[Any] | np.ndarray) -> list[int]:
     if not all(isinstance(i, Integral) and not isinstance(i, bool) for i in cell):
         raise RowError("a list as a prompt holds token ids, all of them integers")
     return [int(i) for i in cell]

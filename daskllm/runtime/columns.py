@@ -78,7 +78,7 @@ def _completion_columns(rows: Sequence[Sequence[Completion]], call: Call) -> Col
         ]
 
     text = _text if one else _objects
-    columns = (
+    columns: tuple[Any, ...] = (
         text(each(lambda c: c.text, null=True)),
         text(each(lambda c: c.finish_reason, null=False)),
         np.array([samples[0].prompt_tokens for samples in rows], dtype="int64"),

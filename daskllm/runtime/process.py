@@ -17,7 +17,8 @@ from daskllm.runtime import worker
 if TYPE_CHECKING:
     from distributed import Worker
 
-    from daskllm.session import ModelSpec, Session
+    from daskllm.session import Session
+    from daskllm.types import ModelSpec
 
 __all__ = ["close_session", "close_session_on", "open_session", "open_session_on", "session_for"]
 

@@ -94,12 +94,17 @@ class Reporter:
 
     def __init__(self, task: WorkerTask | None) -> None:
         self._task = task
-        self._pending = [0, 0, 0, 0]
+        self._pending = (0, 0, 0, 0)
         self._sent = 0.0
 
     def __call__(self, counts: Counts) -> None:
-        new = (counts.rows, counts.prompt_tokens, counts.output_tokens, counts.errors)
-        self._pending = [a + b for a, b in zip(self._pending, new, strict=True)]
+        rows, prompt, output, errors = self._pending
+        self._pending = (
+            rows + counts.rows,
+            prompt + counts.prompt_tokens,
+            output + counts.output_tokens,
+            errors + counts.errors,
+        )
         if time.monotonic() - self._sent >= INTERVAL:
             self.flush()
 
@@ -110,7 +115,7 @@ class Reporter:
         self._sent = time.monotonic()
         worker = "" if self._task is None else self._task.worker.address
         increment = Increment(*self._pending, worker)
-        self._pending = [0, 0, 0, 0]
+        self._pending = (0, 0, 0, 0)
         if self._task is None:
             _here.send(increment)
         else:

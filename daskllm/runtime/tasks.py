@@ -128,5 +128,5 @@ def _take_places(table: pd.DataFrame) -> tuple[pd.DataFrame, list[Place]]:
     if label not in table.columns:
         return table, [(0, row) for row in range(len(table))]
     mask = (1 << _ROW_BITS) - 1
-    places = [(place >> _ROW_BITS, place & mask) for place in table[label].tolist()]
+    places: list[Place] = [(place >> _ROW_BITS, place & mask) for place in table[label].tolist()]
     return table.drop(columns=[label]), places

@@ -26,8 +26,11 @@ sys.path.insert(0, str(HERE.parents[1]))  # the machine with the GPU may have th
 from inputs import VOCABULARY, make_model  # noqa: E402
 
 from daskllm.blocks.store import STORE  # noqa: E402
-from daskllm.session import ModelSpec, Session  # noqa: E402
-from daskllm.types import SamplingParams  # noqa: E402
+from daskllm.session import Session  # noqa: E402
+from daskllm.types import (
+    ModelSpec,  # noqa: E402
+    SamplingParams,  # noqa: E402
+)
 
 PROMPT_TOKENS = 64
 COPIED_BYTES = 1 << 30

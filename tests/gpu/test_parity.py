@@ -13,8 +13,8 @@ import torch
 from daskllm.blocks import array
 from daskllm.blocks.store import STORE
 from daskllm.engine.kvcache import blocks_for, bytes_per_block
-from daskllm.session import ModelSpec, Session
-from daskllm.types import SamplingParams
+from daskllm.session import Session
+from daskllm.types import ModelSpec, SamplingParams
 from tests.tiny import CONFIGS, make_model, oracle
 
 pytestmark = [

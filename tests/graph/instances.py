@@ -1,4 +1,4 @@
-"""Small planning problems, drawn at random or known from print, and judges that share no code with the package."""
+"""Small planning problems, drawn at random or known from print, and a judge that shares no formula."""
 
 from __future__ import annotations
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
-from tests.graph.instances import decoder
 
 from daskllm.graph import LayerGraph, Step
 from daskllm.models.description import layer_names
+from tests.graph.instances import decoder
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -87,7 +88,7 @@ def test_head_groups_hold_whole_kv_heads() -> None:
     columns = [n.attributes["columns"] for n in leaves.nodes if n.name.startswith("layers.0.mlp.columns.")]
     assert columns[0][0] == 0
     assert columns[-1][1] == 160
-    assert all(a[1] == b[0] for a, b in zip(columns, columns[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(columns))
 
 
 def test_bad_calls() -> None:

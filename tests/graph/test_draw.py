@@ -6,10 +6,9 @@ import itertools
 import xml.etree.ElementTree as ET
 from random import Random
 
-from tests.graph.instances import decoder, random_graph
-
 from daskllm.graph import LayerGraph
 from daskllm.graph.draw import Picture, count, size, svg
+from tests.graph.instances import decoder, random_graph
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from random import Random
 
 import pytest
-from tests.graph.instances import decoder, random_graph
 
 from daskllm.graph import Edge, LayerGraph, Node, elementwise, linear
+from tests.graph.instances import decoder, random_graph
 
 
 def three_layer_mlp() -> LayerGraph:
@@ -62,7 +63,7 @@ def test_a_cycle_is_walked_along_its_edges() -> None:
         LayerGraph([Node(n) for n in "sabct"], edges)
     walked = str(caught.value).split(": ")[1].split(" -> ")
     assert walked[0] == walked[-1]
-    assert all(pair in edges for pair in zip(walked, walked[1:], strict=False))
+    assert all(pair in edges for pair in itertools.pairwise(walked))
 
 
 def test_opening_keeps_what_flows() -> None:

@@ -44,7 +44,9 @@ def test_rows_over_a_cluster_come_back_in_order_with_their_places(
     fake: FakeLLM, two_processes: Client
 ) -> None:
     call = Call(spec=fake.spec, kind="generate", job_seed=3)  # type: ignore[arg-type]
-    call_sampled = Call(spec=fake.spec, kind="generate", job_seed=3, params=call.params.with_(temperature=1.0))  # type: ignore[arg-type]
+    call_sampled = Call(
+        spec=fake.spec, kind="generate", job_seed=3, params=call.params.with_(temperature=1.0)
+    )  # type: ignore[arg-type]
     rows = [(f"row {i}",) for i in range(200)]
     for one in (call, call_sampled):
         there = over_rows(two_processes, answer_rows, rows, one)

@@ -65,7 +65,9 @@ def test_the_next_task_leaves_the_pool_when_the_first_is_done(gated: FakeLLM, on
     session = gated.session()
     wait_until(one_thread, lambda: session.running == 2)
     for future in (first, second, third):
-        if future.key in {task.key for w in one_thread.cluster.workers.values() for task in w.state.long_running}:
+        if future.key in {
+            task.key for w in one_thread.cluster.workers.values() for task in w.state.long_running
+        }:
             future.cancel()
     wait_until(one_thread, lambda: gated.rows == 3 and session.running == 2)
     Path(str(gated.spec.gate)).touch()

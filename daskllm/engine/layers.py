@@ -1,0 +1,195 @@
+"""A model's layers as the kernels read them, made from blocks one layer at a time.
+
+`ResidentModel` is one model in one process: which layers are held, on which device and in which type. It
+knows blocks and kernels; it refuses to know how layers are run and who asks.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from daskllm.blocks import array
+from daskllm.blocks.load import load_layers, release_packed
+from daskllm.blocks.store import STORE, BlockKey
+from daskllm.checkpoint import Checkpoint, open_checkpoint
+from daskllm.engine import kernels
+from daskllm.models import DecoderConfig, describe, layer_names
+from daskllm.types import ModelSpec
+
+__all__ = ["DecoderLayer", "Embedding", "Head", "Layer", "Norm", "ResidentModel"]
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """Weight and bias ``[hidden]`` of a norm."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """Token rows ``[vocab, hidden]``, and position rows where positions are learnt."""
+
+    tokens: torch.Tensor
+    positions: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """One decoder layer; q, k, v are one product, and so are gate and up."""
+
+    input_norm: Norm
+    qkv: Any
+    qk_norms: tuple[torch.Tensor, torch.Tensor] | None
+    o: Any
+    post_norm: Norm
+    gate_up: Any
+    down: Any
+    window: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The last norm and the product with the vocabulary."""
+
+    norm: Norm
+    lm_head: Any
+
+
+Layer = Embedding | DecoderLayer | Head
+
+
+class ResidentModel:
+    """One model's layers in this process, each loaded and packed when it is first asked for.
+
+    Where kernels pack a copy, a layer's blocks are let go as soon as it is packed, so that no more than one
+    layer is ever in memory twice.
+
+    Attributes:
+        config: the whole model's description.
+        checkpoint: its files.
+        device: "cpu" or "cuda".
+        dtype: what weights are kept and multiplied in.
+        kernels: the operations for both.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, config: DecoderConfig, device: str, dtype: str) -> None:
+        self.checkpoint, self.config, self.device, self.dtype = checkpoint, config, device, dtype
+        self.kernels = kernels.select(device, array.DTYPES[dtype])
+        self._model = f"{checkpoint.identity}/{dtype}/{device}"
+        self._layers: dict[str, Layer] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, spec: ModelSpec) -> ResidentModel:
+        """Open a model's files; no layer is loaded yet.
+
+        Raises:
+            ModelError: the directory cannot be read or describes no known model.
+            ValueError: the device asked for is not there.
+        """
+        checkpoint = open_checkpoint(spec.path, spec.revision)
+        config = describe(checkpoint.config)
+        device = _device(spec.device)
+        return cls(checkpoint, config, device, _compute_dtype(spec.dtype, config, device))
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as torch has it."""
+        return array.DTYPES[self.dtype]
+
+    def layer(self, name: str) -> Layer:
+        """One layer, ready to run; `daskllm.models.layer_names` has their names.
+
+        Raises:
+            ModelError: a tensor is missing, cut short or of another shape. Nothing of the model stays.
+        """
+        with self._lock:
+            if name not in self._layers:
+                try:
+                    self._layers[name] = self._prepare(name)
+                except BaseException:
+                    STORE.drop(self._model)
+                    raise
+            return self._layers[name]
+
+    def layers(self) -> list[Layer]:
+        """All of them, in the order in which a token passes them."""
+        return [self.layer(name) for name in layer_names(self.config)]
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """Names of the layers that are loaded."""
+        return tuple(name for name in layer_names(self.config) if name in self._layers)
+
+    def close(self) -> None:
+        """Let all layers and files go."""
+        with self._lock:
+            self._layers.clear()
+            STORE.drop(self._model)
+            self.checkpoint.close()
+
+    def _prepare(self, name: str) -> Layer:
+        load_layers(
+            self.checkpoint, self.config, [name], model=self._model, device=self.device, dtype=self.dtype
+        )
+        if name == "embed":
+            return Embedding(self._block(name, "tokens.weight"), self._optional(name, "positions.weight"))
+        if name == "head":
+            return Head(self._norm(name, "norm"), self._linear(name, "lm_head"))
+        q_norm, k_norm = (self._optional(name, f"{part}_norm.weight") for part in "qk")
+        return DecoderLayer(
+            input_norm=self._norm(name, "input_norm"),
+            qkv=self._linear(name, "q", "k", "v"),
+            qk_norms=None if q_norm is None or k_norm is None else (q_norm, k_norm),
+            o=self._linear(name, "o"),
+            post_norm=self._norm(name, "post_norm"),
+            gate_up=self._linear(name, *(("gate", "up") if self.config.gated else ("up",))),
+            down=self._linear(name, "down"),
+            window=self.config.windows[int(name.split(".")[1])],
+        )
+
+    def _block(self, layer: str, name: str) -> torch.Tensor:
+        return array.to_torch(STORE.get(BlockKey(self._model, 0, layer, name)), self.dtype)
+
+    def _optional(self, layer: str, name: str) -> torch.Tensor | None:
+        block = STORE.find(BlockKey(self._model, 0, layer, name))
+        return None if block is None else array.to_torch(block, self.dtype)
+
+    def _norm(self, layer: str, name: str) -> Norm:
+        return Norm(self._block(layer, f"{name}.weight"), self._optional(layer, f"{name}.bias"))
+
+    def _linear(self, layer: str, *names: str) -> Any:
+        weights = [self._block(layer, f"{name}.weight") for name in names]
+        biases = [b for name in names if (b := self._optional(layer, f"{name}.bias")) is not None]
+        packed = self.kernels.pack(weights, biases or None)
+        # A tied head's block is still the embedding's.
+        if self.kernels.PACKS and not (layer == "head" and self.config.tied):
+            release_packed(self._model, layer, names=[f"{name}.weight" for name in names])
+        return packed
+
+
+def _device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError('device="cuda" but torch sees no GPU; use device="cpu" or "auto"')
+    return device
+
+
+def _compute_dtype(dtype: str, config: DecoderConfig, device: str) -> str:
+    """The type that weights are kept and multiplied in.
+
+    A CPU has no float16 arithmetic of its own and some have no bfloat16's either: there the weights are
+    widened to float32, which changes no weight.
+    """
+    wanted = config.dtype if dtype == "auto" else dtype
+    if device == "cpu":
+        native = {"float32": True, "bfloat16": torch.ops.mkldnn._is_mkldnn_bf16_supported(), "float16": False}
+        return wanted if native[wanted] else "float32"
+    return wanted
