@@ -51,7 +51,7 @@ bench: $(READY) ## throughput on a skewed work file, beside transformers, as JSO
 
 gpu: ## parity tests and a benchmark on a machine with CUDA, torch, cupy and triton (PYTHON= names its python)
 	@$(PYTHON) -m pytest -q -m gpu tests/gpu $(PYTEST_ARGS)
-	@$(PYTHON) tests/benchmarks/gpu.py
+	@PYTHONPATH=. $(PYTHON) tests/benchmarks/gpu.py
 
 notebooks: $(READY) ## run the notebooks and keep their outputs
 	@$(BIN)/jupyter-execute --inplace notebooks/*.ipynb

@@ -327,7 +327,10 @@ def emptied(output: Path) -> Path:
 def answer_table(answers: pd.DataFrame) -> Table:
     """A dozen answers as a table for the screen, spread over the tasks and languages."""
     shown = answers.groupby(["task", "language"], sort=False).head(1).head(SHOWN_ANSWERS)
-    table = Table("task", "prompt", "answer", "right?", show_lines=True)
+    table = Table("task", show_lines=True)
+    table.add_column("prompt", overflow="fold")  # Chinese has no spaces to wrap at
+    table.add_column("answer", overflow="fold")
+    table.add_column("right?")
     for row in shown.to_dict("records"):
         failed = row["generated_finish_reason"] == "error"
         text = row["generated_error" if failed else "generated"]

@@ -24,16 +24,19 @@ from dask.utils import parse_bytes
 
 from daskllm.checkpoint import Checkpoint, open_checkpoint
 from daskllm.frame import ask_series, check_chats
-from daskllm.models import DecoderConfig, describe, sources
+from daskllm.graph import LayerGraph
+from daskllm.models import DecoderConfig, describe, layer_names, sources
+from daskllm.runtime import dataflow
 from daskllm.runtime.call import Call, Kind, draw_seed
 from daskllm.runtime.cluster import client_for, over_rows
 from daskllm.runtime.process import close_session, close_session_on, open_session_on, session_for
 from daskllm.runtime.tasks import answer_bag, answer_rows, plain
-from daskllm.session import Session
+from daskllm.session import Session, end_tokens
 from daskllm.text.tokenizer import Tokenizer
 from daskllm.types import Completion, ModelSpec, RowError, SamplingParams
 
 if TYPE_CHECKING:
+    from dask.delayed import Delayed
     from distributed import Client
 
 __all__ = ["LLM", "generate_text", "load", "parallel_generate_text"]
@@ -154,6 +157,71 @@ class LLM:
         scores = self._answers([texts] if one else _listed(texts, "score"), call)
         lists = [list(s.token_logprobs) if s.error is None else None for s in scores]
         return lists[0] if one else lists
+
+    @cached_property
+    def graph(self) -> LayerGraph:
+        """The model as a graph of layers with their costs; made from its description, no weight is read."""
+        dtype = self.config.dtype if self.spec.dtype == "auto" else self.spec.dtype
+        return LayerGraph.of(self.config, dtype)
+
+    def delayed(
+        self,
+        token_ids: Sequence[int],
+        *,
+        fuse: Literal["layer", "stage"] = "layer",
+        shards: int = 1,
+        max_tokens: int | None = None,
+        ignore_eos: bool = False,
+        stop_token_ids: Sequence[int] = (),
+    ) -> Delayed:
+        """One sequence through the model's layers, each a Dask task named after it.
+
+        Args:
+            token_ids: at least one.
+            fuse: "layer" for a task per layer, "stage" for a task per stage.
+            shards: above 1, each layer opens into so many head groups, MLP columns and vocabulary shards (as
+                far as it has them) that run in parallel and are summed.
+            max_tokens: generate greedily up to so many tokens, a row of layer tasks for each, keys and values
+                as results of tasks; None gives the logits of ``token_ids``.
+            ignore_eos, stop_token_ids: where that generation ends.
+
+        Returns:
+            float32 logits ``[tokens, vocab]``; or with ``max_tokens`` the list of new token ids.
+
+        Raises:
+            ValueError: no token, one outside the vocabulary, or arguments that do not go together.
+
+        Example: ``llm.delayed([1, 5, 9]).visualize()`` draws the tasks.
+        """
+        ids = self._checked_ids(token_ids)
+        if fuse not in ("layer", "stage"):
+            raise ValueError(f'fuse must be "layer" or "stage", not {fuse!r}')
+        if isinstance(shards, bool) or not isinstance(shards, int) or shards < 1:
+            raise ValueError(f"shards must be an integer of at least 1, not {shards!r}")
+        if max_tokens is not None:
+            if fuse != "layer" or shards != 1:
+                raise ValueError('max_tokens goes layer by layer: leave fuse="layer" and shards=1')
+            params = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop_token_ids)
+            ends = set(params.stop_token_ids or ()) | set(() if ignore_eos else self._eos_token_ids)  # type: ignore[arg-type]
+            return dataflow.decode(self.spec, layer_names(self.config), ids, params.max_tokens, ends)
+        if shards > 1:
+            return dataflow.forward(self.spec, LayerGraph.of(self.config, shards=shards).open_all(), ids)
+        stages = [layer_names(self.config)] if fuse == "stage" else None
+        return dataflow.forward(self.spec, self.graph, ids, stages)
+
+    def _checked_ids(self, token_ids: Sequence[int]) -> list[int]:
+        ids = [int(i) for i in token_ids]
+        if not ids:
+            raise ValueError("token_ids must hold at least one token")
+        vocab = self.config.vocab_size
+        outside = [i for i in ids if not 0 <= i < vocab]
+        if outside:
+            raise ValueError(f"token id {outside[0]} is outside the model's vocabulary of {vocab}")
+        return ids
+
+    @property
+    def _eos_token_ids(self) -> tuple[int, ...]:
+        return end_tokens(self._checkpoint, self.config)
 
     def close(self) -> None:
         """Let the model go, here and on the client's workers; a later call opens it again."""

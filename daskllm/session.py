@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from daskllm import machine
+from daskllm.checkpoint import Checkpoint
 from daskllm.engine.batcher import Batcher
 from daskllm.engine.engine import Engine, Ticket
 from daskllm.engine.kvcache import BlockPool, KVCache, blocks_for, bytes_per_block
@@ -24,11 +25,12 @@ from daskllm.engine.layers import ResidentModel
 from daskllm.engine.runner import Runner
 from daskllm.engine.sequence import Request, Sample
 from daskllm.metrics import EngineMetrics
+from daskllm.models import DecoderConfig
 from daskllm.text.stream import Detokenizer
 from daskllm.text.tokenizer import Tokenizer
 from daskllm.types import Completion, ModelError, ModelSpec, Prompt, RowError, SamplingParams
 
-__all__ = ["Progress", "Score", "Session"]
+__all__ = ["Progress", "Score", "Session", "end_tokens"]
 
 _MAX_SEQUENCES = 64
 _MAX_STEP_TOKENS = 512
@@ -82,20 +84,23 @@ class Session:
     def __init__(self, spec: ModelSpec, model: ResidentModel, tokenizer: Tokenizer, engine: Engine) -> None:
         self.spec, self.model, self.tokenizer, self.engine = spec, model, tokenizer, engine
         self.config, self.context = model.config, engine.context
-        self.eos_token_ids = _eos_ids(model)
+        self.eos_token_ids = end_tokens(model.checkpoint, model.config)
         # The engine's thread must have left torch before the interpreter takes it down.
         self._at_exit = weakref.WeakMethod(self.close)
         atexit.register(_close_at_exit, self._at_exit)
 
     @classmethod
-    def open(cls, spec: ModelSpec) -> Session:
+    def open(cls, spec: ModelSpec, model: ResidentModel | None = None) -> Session:
         """Open a model in this process.
+
+        Args:
+            model: its layers, where they are held already.
 
         Raises:
             ModelError: the directory cannot be loaded; nothing of it stays in memory.
             ValueError: the device or the memory asked for is not there.
         """
-        model = ResidentModel.open(spec)
+        model = model or ResidentModel.open(spec)
         config = model.config
         tokenizer = Tokenizer.from_directory(model.checkpoint.path)
         threads = machine.cores()
@@ -105,7 +110,7 @@ class Session:
         cache = KVCache(
             blocks, config.num_layers, config.num_kv_heads, config.head_dim, model.torch_dtype, model.device
         )
-        runner = Runner(config, layers, cache, model.kernels, model.device)
+        runner = Runner(config, layers, cache, model.kernels, model.angles, model.device)
         batcher = Batcher(BlockPool(blocks), _MAX_SEQUENCES, _MAX_STEP_TOKENS)
         engine = Engine(runner, batcher, config.max_positions, threads)
         return cls(spec, model, tokenizer, engine)
@@ -432,11 +437,11 @@ def _kv_blocks(kv_memory: int | None, model: ResidentModel) -> int:
     return blocks
 
 
-def _eos_ids(model: ResidentModel) -> tuple[int, ...]:
-    """generation_config.json's, else config.json's."""
-    found = model.checkpoint.generation_config.get("eos_token_id")
+def end_tokens(checkpoint: Checkpoint, config: DecoderConfig) -> tuple[int, ...]:
+    """The ids that end a text: those of generation_config.json, else those of config.json."""
+    found = checkpoint.generation_config.get("eos_token_id")
     if found is None:
-        return model.config.eos_token_ids
+        return config.eos_token_ids
     return tuple(found) if isinstance(found, list) else (int(found),)
 
 

@@ -17,6 +17,7 @@ from daskllm.blocks.load import load_layers, release_packed
 from daskllm.blocks.store import STORE, BlockKey
 from daskllm.checkpoint import Checkpoint, open_checkpoint
 from daskllm.engine import kernels
+from daskllm.engine.angles import Angles
 from daskllm.models import DecoderConfig, describe, layer_names
 from daskllm.types import ModelSpec
 
@@ -76,11 +77,13 @@ class ResidentModel:
         device: "cpu" or "cuda".
         dtype: what weights are kept and multiplied in.
         kernels: the operations for both.
+        angles: of its rotary positions.
     """
 
     def __init__(self, checkpoint: Checkpoint, config: DecoderConfig, device: str, dtype: str) -> None:
         self.checkpoint, self.config, self.device, self.dtype = checkpoint, config, device, dtype
         self.kernels = kernels.select(device, array.DTYPES[dtype])
+        self.angles = Angles(config, device)
         self._model = f"{checkpoint.identity}/{dtype}/{device}"
         self._layers: dict[str, Layer] = {}
         self._lock = threading.Lock()
@@ -134,10 +137,21 @@ class ResidentModel:
             STORE.drop(self._model)
             self.checkpoint.close()
 
-    def _prepare(self, name: str) -> Layer:
+    def block(self, layer: str, name: str) -> torch.Tensor:
+        """One block as it is, for whoever runs a part of a layer; loaded where that is needed."""
+        with self._lock:
+            key = BlockKey(self._model, 0, layer, name)
+            if STORE.find(key) is None:
+                self._load(layer)
+            return array.to_torch(STORE.get(key), self.dtype)
+
+    def _load(self, name: str) -> None:
         load_layers(
             self.checkpoint, self.config, [name], model=self._model, device=self.device, dtype=self.dtype
         )
+
+    def _prepare(self, name: str) -> Layer:
+        self._load(name)
         if name == "embed":
             return Embedding(self._block(name, "tokens.weight"), self._optional(name, "positions.weight"))
         if name == "head":

@@ -1,8 +1,8 @@
 """The decoder's forward pass over one ragged batch, for any consecutive run of its layers.
 
 It reads a `DecoderConfig` and its own layers, and knows no family, no request and no block table beyond the
-batch's. A runner with all layers turns tokens into logits; one with some of them takes and
-gives the residual stream, which is all that passes between stages.
+batch's. A runner with all layers turns tokens into logits; one with some of them takes and gives the residual
+stream, which is all that passes between stages.
 """
 
 from __future__ import annotations
@@ -12,17 +12,15 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from daskllm.engine.angles import Angles
 from daskllm.engine.batch import Batch
 from daskllm.engine.kernels import Kernels
 from daskllm.engine.kvcache import KVCache
 from daskllm.engine.layers import DecoderLayer, Embedding, Head, Layer, Norm
 from daskllm.models import DecoderConfig
-from daskllm.models.rope import inverse_frequencies
 
 __all__ = ["Runner"]
 
-
-_ANGLE_PAGE = 1024
 _LOGIT_ROWS = 256  # at a time: float32 logits of a large vocabulary are the widest thing a step makes
 
 
@@ -34,6 +32,7 @@ class Runner:
         layers: consecutive ones, in the order in which a token passes them.
         cache: keys and values of the decoder layers among them, in order.
         kernels: the operations.
+        angles: of the model's rotary positions.
     """
 
     def __init__(
@@ -42,10 +41,11 @@ class Runner:
         layers: Sequence[Layer],
         cache: KVCache,
         kernels: Kernels,
+        angles: Angles,
         device: str = "cpu",
     ) -> None:
         self.config, self.cache, self.kernels, self.device = config, cache, kernels, device
-        self._angles = _Angles(config, device)
+        self._angles = angles
         first, last = layers[0], layers[-1]
         self._embedding = first if isinstance(first, Embedding) else None
         self._head = last if isinstance(last, Head) else None
@@ -100,33 +100,3 @@ class Runner:
         x = self._normed(None if delta is None else delta[rows], hidden[rows], self._head.norm)
         parts = [self.kernels.linear(part, self._head.lm_head).float() for part in x.split(_LOGIT_ROWS)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-class _Angles:
-    """cos and sin of every position so far asked for, float32 ``[positions, head_dim / 2]``.
-
-    Angles are float32 products, as transformers has them, and their cosines are taken in float64: a vector
-    and a scalar float32 cosine differ in the last bit, and which one an element gets depends on how long the
-    table is and how many threads fill it.
-    """
-
-    def __init__(self, config: DecoderConfig, device: str) -> None:
-        self._device = device
-        self._table: tuple[torch.Tensor, torch.Tensor] | None = None
-        if config.rope is not None:
-            frequencies, self._factor = inverse_frequencies(
-                config.rope, config.head_dim, config.max_positions
-            )
-            self._frequencies = torch.from_numpy(frequencies)
-            self._grow(_ANGLE_PAGE)
-
-    def _grow(self, positions: int) -> None:
-        angles = torch.arange(positions, dtype=torch.float32)[:, None] * self._frequencies
-        cos, sin = (f(angles.double()) * self._factor for f in (torch.cos, torch.sin))
-        self._table = cos.float().to(self._device), sin.float().to(self._device)
-
-    def upto(self, positions: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The tables, at least ``positions`` long; None for a model without rotary positions."""
-        if self._table is not None and self._table[0].shape[0] < positions:
-            self._grow(max(positions, 2 * self._table[0].shape[0]))
-        return self._table

@@ -76,8 +76,6 @@ def best_cut(
     *,
     stages: int | None = None,
     incumbent: Cut | None = None,
-    predecessors: Sequence[int] | None = None,
-    devices: Sequence[int] | None = None,
     limit: int = 2_000_000,
 ) -> Cut | None:
     """The split that makes the objective least, or None where none fits.
@@ -85,17 +83,16 @@ def best_cut(
     Args:
         stages: exactly that many; None allows any number up to that of the devices.
         incumbent: a split to beat; it is given back unless a better one is found.
-        predecessors: sets that replace the graph's, to allow fewer splits (a fixed order, say).
-        devices: the device of each stage, fixed; None tries all orders.
         limit: the most stages and labels to look at.
 
     Raises:
         SearchLimitError: there are more than ``limit``.
     """
-    search = _Search(costs, objective, stages, predecessors or costs.predecessors, devices, limit)
+    search = _Search(costs, objective, stages, limit)
     if incumbent is not None:
         search.offer(incumbent, objective.value(costs.loads(incumbent)))
-    by_first = objective.kind == "period" and costs.cluster.transfers == "direct" and devices is None
+    # The way back depends on the first device only where links differ.
+    by_first = objective.kind == "period" and search.unlike_links
     for first in range(len(search.classes)) if by_first else [None]:
         search.run(first)
     return search.best
@@ -107,24 +104,24 @@ class _Search:
         costs: CostModel,
         objective: Objective,
         stages: int | None,
-        predecessors: Sequence[int],
-        devices: Sequence[int] | None,
         limit: int,
     ) -> None:
-        self.costs, self.objective, self.predecessors, self.fixed = costs, objective, predecessors, devices
-        self.classes = device_classes(costs.cluster) if devices is None else [[d] for d in devices]
+        self.costs, self.objective = costs, objective
+        self.classes = device_classes(costs.cluster)
         self.exactly = stages
         self.most = min(stages or len(costs.nodes), sum(map(len, self.classes)))
         self.best: Cut | None = None
         self.value = math.inf
         self.left = limit
-        # A chain of DP states needs the class of the last stage only where links between stages cost time.
-        self.direct = costs.cluster.transfers == "direct"
+        # A state needs the class of its last stage only where links differ.
+        self.unlike_links = costs.cluster.transfers == "direct" and bool(costs.cluster.links)
         self._next: dict[int, list[_Stage]] = {}
         self._links: dict[tuple[int, int, int], float] = {}
         self._crossing: dict[int, tuple[float, float]] = {}
+        self.unused: dict[tuple[int, ...], list[float]] = {}
         self.fastest = [min(costs.seconds[g[0]][i] for g in self.classes) for i in range(len(costs.nodes))]
         self.rest: dict[int, float] = {}
+        self.slowness = [self._slowness(group[0]) for group in self.classes]
 
     def offer(self, cut: Cut, value: float) -> None:
         if value < self.value:
@@ -165,7 +162,7 @@ class _Search:
                 key = (
                     stage.ideal,
                     tuple(u + (c == place) for c, u in enumerate(used)),
-                    place if self.direct else 0,
+                    place if self.unlike_links else 0,
                 )
                 for label in labels:
                     largest = max(label[0], link, stage.seconds[place])
@@ -173,12 +170,10 @@ class _Search:
                     new: _Label = (largest, total, label, stage.nodes, place)
                     if done:
                         self.finish(new, first, place, number)
-                    elif self.promising(new, stage.ideal, number):
+                    elif self.promising(new, stage.ideal, key[1]):
                         self.spend(_keep(following.setdefault(key, []), self.project(new)))
 
     def free(self, used: tuple[int, ...], first: int | None, number: int) -> Sequence[int]:
-        if self.fixed is not None:
-            return (number - 1,)
         if number == 1 and first is not None:
             return (first,)
         return [c for c, group in enumerate(self.classes) if used[c] < len(group)]
@@ -191,20 +186,38 @@ class _Search:
             return (label[0], 0.0, *label[2:])
         return label
 
-    def promising(self, label: _Label, ideal: int, number: int) -> bool:
-        """Whether the nodes that are left could still end below the best: on the fastest device each."""
+    def promising(self, label: _Label, ideal: int, used: tuple[int, ...]) -> bool:
+        """Whether the nodes that are left could still end below the best, shared out at will."""
         if self.best is None:
             return True
         if ideal not in self.rest:
             self.rest[ideal] = sum(self.fastest[i] for i in self.costs.members(self.costs.all & ~ideal))
         rest = self.rest[ideal]
-        left = max(1, self.most - number)
-        return self.objective.of(label[1] + rest, max(label[0], rest / left)) < self.value
+        if used not in self.unused:
+            factors = [s for s, g, u in zip(self.slowness, self.classes, used, strict=True) for _ in g[u:]]
+            self.unused[used] = sorted(factors)[: self.most - sum(used)]
+        largest, total, left = label[0], label[1], rest
+        if rest:
+            # Each unused device does at most its share of the work in the time of the slowest.
+            largest = max(largest, rest / sum(1 / s for s in self.unused[used]))
+        for factor in self.unused[used]:
+            # No stage of a better split takes longer than the best value; the fastest are filled first.
+            seconds = min(left * factor, self.value)
+            total += seconds
+            left -= seconds / factor
+        return left <= 1e-12 * rest and self.objective.of(total, largest) < self.value
+
+    def _slowness(self, device: int) -> float:
+        """How many times as long as the fastest device this one takes at least, whatever the node."""
+        pairs = zip(self.costs.seconds[device], self.fastest, strict=True)
+        return min((own / fastest for own, fastest in pairs if fastest), default=1.0)
 
     def finish(self, label: _Label, first: int | None, last: int, number: int) -> None:
         back = 0.0
         if first is not None and number > 1:
             back = self.costs.back_seconds(*self.pair(last, first))
+        elif number > 1 and self.objective.kind == "period" and not self.unlike_links:
+            back = self.costs.back_seconds(0, 1)
         if self.objective.of(label[1], label[0], back) < self.value:
             # The sums of a projected label are not the plan's, so the plan itself is asked.
             cut = self.concrete(label)
@@ -224,11 +237,10 @@ class _Search:
         return self.classes[a][0], self.classes[b][1 if a == b else 0]
 
     def link(self, ideal: int, a: int, b: int) -> float:
-        if not self.direct:
-            return 0.0
-        key = (ideal, a, b)
+        key = (ideal, a, b) if self.unlike_links else (ideal, 0, 0)
         if key not in self._links:
-            self._links[key] = self.costs.link_seconds(ideal, *self.pair(a, b))
+            devices = self.pair(a, b) if self.unlike_links else (0, 1)
+            self._links[key] = self.costs.link_seconds(ideal, *devices)
         return self._links[key]
 
     def next_stages(self, ideal: int) -> list[_Stage]:
@@ -243,7 +255,7 @@ class _Search:
             grown = stack.pop()
             for i in costs.members(costs.all & ~grown):
                 larger = grown | 1 << i
-                if self.predecessors[i] & ~grown or larger in seen:
+                if self.costs.predecessors[i] & ~grown or larger in seen:
                     continue
                 seen.add(larger)
                 self.spend(1)

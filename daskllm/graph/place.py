@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias, get_args
 
 from daskllm.graph.cost import CostModel, Loads
 from daskllm.graph.evolve import Keys, evolve, genetic
-from daskllm.graph.exact import Cut
+from daskllm.graph.exact import Cut, device_classes
 from daskllm.graph.optimal import optimal
 from daskllm.graph.schedule import Problem, Schedule, greedy
 from daskllm.graph.split import Split, lower_bound
@@ -144,12 +144,16 @@ def _evolved(found: Split, seed: int) -> Split:
     """Random keys: one per node says which ready node comes next, one per device which device does."""
     costs, stages = found.costs, len(found.cut)
     nodes, devices = len(costs.nodes), len(costs.cluster.devices)
-    in_order = _InOrder(found)
+    in_order, classes = _InOrder(found), device_classes(costs.cluster)
+    class_of = {d: number for number, group in enumerate(classes) for d in group}
     known: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[float, Cut | None]] = {}
 
     def decode(keys: Keys) -> tuple[float, Cut | None]:
         order = _ordered(costs, keys[:nodes])
         chosen = tuple(sorted(range(devices), key=lambda d: keys[nodes + d]))[:stages]
+        # Devices that are alike are taken in their own order, so that no plan is cut twice.
+        waiting = [list(group) for group in classes]
+        chosen = tuple(waiting[class_of[d]].pop(0) for d in chosen)
         if (order, chosen) not in known:
             known[order, chosen] = in_order.best(order, chosen)
         return known[order, chosen]
@@ -196,6 +200,7 @@ class _InOrder:
         self.costs, self.objective = found.costs, found.objective
         # What is far worse than the start is not worth its time, what is a little worse may lead on.
         self.cutoff = 1.5 * found.value
+        self.least = sum(map(min, zip(*found.costs.seconds, strict=True)))
         self._moved: dict[int, float] = {}
         self._links: dict[tuple[int, int, int], float] = {}
 
@@ -235,7 +240,7 @@ class _InOrder:
         for end in range(start + 1, len(order) + 1):
             nodes |= 1 << order[end - 1]
             busy += costs.seconds[device][order[end - 1]]
-            if self.objective.of(busy, busy) > self.cutoff or not costs.fits(nodes, device):
+            if self.objective.of(max(busy, self.least), busy) > self.cutoff or not costs.fits(nodes, device):
                 return
             if nodes not in self._moved:
                 self._moved[nodes] = costs.transfer_seconds(nodes)

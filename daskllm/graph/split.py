@@ -89,6 +89,8 @@ def _exact(costs: CostModel, objective: Objective, stages: int | None) -> Split:
     count = stages or min(len(costs.cluster.devices), len(costs.nodes))
     # Any split that fits is a bound that lets the search drop most of its states.
     seed = _first_fitting(costs, objective, count, _fill) or _first_fitting(costs, objective, count, _bisect)
+    if seed is not None:
+        seed = _swapped(costs, objective, seed)
     try:
         cut = best_cut(costs, objective, stages=stages, incumbent=seed)
     except SearchLimitError:
@@ -145,6 +147,25 @@ def _first_fitting(costs: CostModel, objective: Objective, count: int, walk: _Wa
         if new < value:
             best, value = cut, new
     return best
+
+
+def _swapped(costs: CostModel, objective: Objective, cut: Cut) -> Cut:
+    """A cut with devices exchanged, among each other or for unused ones, as long as that makes it better."""
+    order, count = [d for _, d in cut], len(cut)
+    order += [d for d in range(len(costs.cluster.devices)) if d not in order]
+    value, better = objective.value(costs.loads(cut)), True
+    while better:
+        better = False
+        for a, b in ((x, y) for x in range(count) for y in range(x + 1, len(order))):
+            tried = order.copy()
+            tried[a], tried[b] = tried[b], tried[a]
+            ends = _fill(costs, tried[:count])
+            if ends is None:
+                continue
+            new = tuple((_run(x, y), d) for x, y, d in zip([0, *ends], ends, tried, strict=False))
+            if objective.value(costs.loads(new)) < value:
+                order, cut, value, better = tried, new, objective.value(costs.loads(new)), True
+    return cut
 
 
 def _device_orders(costs: CostModel, count: int) -> Iterator[Sequence[int]]:

@@ -17,13 +17,29 @@ from daskllm.runtime import worker
 if TYPE_CHECKING:
     from distributed import Worker
 
+    from daskllm.engine.layers import ResidentModel
     from daskllm.session import Session
     from daskllm.types import ModelSpec
 
-__all__ = ["close_session", "close_session_on", "open_session", "open_session_on", "session_for"]
+__all__ = ["close_session", "close_session_on", "model_for", "open_session", "open_session_on", "session_for"]
 
 _lock = threading.Lock()
 _sessions: dict[Any, Future[Any]] = {}
+_models: dict[Any, ResidentModel] = {}
+
+
+def model_for(spec: ModelSpec) -> ResidentModel:
+    """This process's layers of ``spec``, each loaded when it is first run; its session has the same.
+
+    Raises:
+        ModelError: the directory cannot be read.
+    """
+    from daskllm.engine.layers import ResidentModel
+
+    with _lock:
+        if spec not in _models:
+            _models[spec] = ResidentModel.open(spec)
+        return _models[spec]
 
 
 @singledispatch
@@ -32,7 +48,7 @@ def open_session(spec: ModelSpec) -> Session:
     # A scheduler or client that unpickles a graph imports this module and must not import torch for it.
     from daskllm.session import Session
 
-    return Session.open(spec)
+    return Session.open(spec, model_for(spec))
 
 
 def session_for(spec: ModelSpec) -> Session:
@@ -54,6 +70,7 @@ def session_for(spec: ModelSpec) -> Session:
         except BaseException as error:
             with _lock:
                 _sessions.pop(spec, None)
+                _models.pop(spec, None)
             opening.set_exception(error)
             raise
     session: Session = opening.result()
@@ -64,8 +81,11 @@ def close_session(spec: ModelSpec) -> None:
     """Close this process's session for ``spec`` and forget it; nothing happens where there is none."""
     with _lock:
         opening = _sessions.pop(spec, None)
+        model = _models.pop(spec, None)
     if opening is not None and opening.exception() is None:
         opening.result().close()
+    if model is not None:
+        model.close()
 
 
 async def open_session_on(spec: ModelSpec, dask_worker: Worker) -> None:
@@ -82,3 +102,4 @@ async def close_session_on(spec: ModelSpec, dask_worker: Worker) -> None:
 # Threads do not survive a fork, so neither does a session.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_sessions.clear)
+    os.register_at_fork(after_in_child=_models.clear)

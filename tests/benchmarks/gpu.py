@@ -1,6 +1,6 @@
 """Throughput and latency on a GPU, written to ``results/gpu-YYYY-MM-DD.json`` (`make gpu`).
 
-    python tests/benchmarks/gpu.py [--model DIR] [--batches 1,8,64] [--new 128]
+    PYTHONPATH=. python tests/benchmarks/gpu.py [--model DIR] [--batches 1,8,64] [--new 128]
 
 For each batch size: decode tokens per second, the mean time of a step, and the share of the card's memory
 bandwidth that reading every weight once per step comes to. Needs torch, triton and cupy, and no Dask.
@@ -12,26 +12,19 @@ import argparse
 import datetime
 import json
 import platform
-import sys
 import time
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
+from inputs import VOCABULARY, make_model
+
+from daskllm.blocks.store import STORE
+from daskllm.session import Session
+from daskllm.types import ModelSpec, SamplingParams
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))  # the machine with the GPU may have this checkout and no install
-
-from inputs import VOCABULARY, make_model  # noqa: E402
-
-from daskllm.blocks.store import STORE  # noqa: E402
-from daskllm.session import Session  # noqa: E402
-from daskllm.types import (
-    ModelSpec,  # noqa: E402
-    SamplingParams,  # noqa: E402
-)
-
 PROMPT_TOKENS = 64
 COPIED_BYTES = 1 << 30
 

@@ -64,13 +64,15 @@ def main() -> None:
     result = {
         "date": datetime.date.today().isoformat(),
         "cpu": cpu(),
-        "cpu_count": rounds[0][0]["cpu_count"],
-        "versions": {**rounds[0][0]["versions"], "transformers": version("transformers")},
-        "daskllm": {**rounds[-1][0], "out_tokens_per_s": median(speed[0] for speed in speeds)},
+        "transformers": version("transformers"),
+        "daskllm": {
+            **rounds[-1][0],
+            "out_tokens_per_s": round(median(speed[0] for speed in speeds), 1),
+        },
         "peers": [
             {
                 "peer": rounds[0][k]["peer"],
-                "out_tokens_per_s": median(speed[k] for speed in speeds),
+                "out_tokens_per_s": round(median(speed[k] for speed in speeds), 1),
                 "ratio": round(median(speed[0] / speed[k] for speed in speeds), 2),
             }
             for k in range(1, len(peers) + 1)
