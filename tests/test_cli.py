@@ -174,3 +174,35 @@ def test_the_demo_answers_its_table_and_may_run_again(tmp_path: Path) -> None:
         assert counts["right"] >= 0.95
     assert "http://127.0.0.1:" in done.stderr
     assert "right?" in done.stderr
+
+
+PUBLISHED = Path(__file__).parents[2] / "shared/data/planning/bert24_inference.json"
+
+
+@pytest.mark.skipif(not PUBLISHED.is_file(), reason="the published instance is not beside this checkout")
+@pytest.mark.parametrize(("devices", "best"), [(2, 47.479), (3, 32.2429), (4, 24.9169), (6, 17.7899)])
+def test_plan_finds_the_published_optima(devices: int, best: float) -> None:
+    plan = run("plan", "--graph", PUBLISHED, "--devices", devices, "--splitter", "exact", "--json")
+    assert last_line(plan)["bottleneck"] == pytest.approx(best, abs=5e-4)
+
+
+def test_plan_of_a_model(model: str) -> None:
+    [replica] = last_line(run("plan", "--model", model, "--devices", 2, "--stages", 2, "--json"))["replicas"]
+    placed = [layer for stage in replica["stages"] for layer in stage["layers"]]
+    assert placed == ["embed", "layers.0", "layers.1", "layers.2", "head"]
+    assert "stage" in run("plan", "--model", model, "--devices", 2, "--stages", 2).stdout
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (["--memory", "20kB"], "What would help"),
+        (["--stages", "9"], "stages"),
+        (["--stages", "many"], "stages must be"),
+        (["--graph", "x.json"], "one of them"),
+    ],
+)
+def test_plan_that_cannot_be(model: str, extra: list[str], words: str) -> None:
+    result = run("plan", "--model", model, "--devices", 2, *extra)
+    assert result.exit_code == 2
+    assert words in result.stderr

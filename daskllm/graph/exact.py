@@ -117,7 +117,6 @@ class _Search:
         self.unlike_links = costs.cluster.transfers == "direct" and bool(costs.cluster.links)
         self._next: dict[int, list[_Stage]] = {}
         self._links: dict[tuple[int, int, int], float] = {}
-        self._crossing: dict[int, tuple[float, float]] = {}
         self.unused: dict[tuple[int, ...], list[float]] = {}
         self.fastest = [min(costs.seconds[g[0]][i] for g in self.classes) for i in range(len(costs.nodes))]
         self.rest: dict[int, float] = {}

@@ -1,0 +1,134 @@
+"""``daskllm generate`` and ``daskllm demo``: a table of prompts in, a table of answers out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import dask.dataframe as dd
+import pandas as pd
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from daskllm import demo as bundled
+from daskllm.cli.options import (
+    cluster_options,
+    failures,
+    given,
+    json_option,
+    loading_options,
+    sampling_options,
+)
+from daskllm.cli.running import (
+    THREADS_PER_WORKER,
+    close,
+    local_cluster,
+    new_directory,
+    running_on,
+    summary,
+    write,
+)
+from daskllm.llm import load
+from daskllm.machine import cores
+from daskllm.tables import read_tables
+
+__all__ = ["demo", "generate"]
+
+SHOWN_ANSWERS = 12
+
+
+@click.command()
+@click.option(
+    "--input", "inputs", required=True, multiple=True, help="Parquet, CSV or JSONL files; globs too."
+)
+@click.option("--prompt", required=True, help='A column, or a template such as "Translate: {text}".')
+@click.option("--output", required=True, help="A new directory; gets a Parquet file per partition.")
+@click.option("--column", default="generated", show_default=True, help="Name of the column of answers.")
+@click.option("--chat", is_flag=True, help="Ask through the model's chat template.")
+@click.option("--system", help="What the system message says.")
+@loading_options
+@click.option("--scheduler", help="Address of a running Dask scheduler, such as tcp://10.0.0.1:8786.")
+@cluster_options
+@sampling_options
+@json_option
+def generate(
+    inputs: tuple[str, ...],
+    prompt: str,
+    output: str,
+    column: str,
+    chat: bool,
+    system: str | None,
+    model: str,
+    revision: str | None,
+    dtype: str,
+    device: str,
+    kv_memory: str,
+    scheduler: str | None,
+    workers: int | None,
+    threads: int | None,
+    as_json: bool,
+    **sampling: Any,
+) -> None:
+    """Answer a table of prompts: every input column stays, the answers' columns are added."""
+    with failures():
+        chosen = given(sampling)
+        target = new_directory(output)
+        with running_on(scheduler, workers, threads) as client:
+            slots = sum(client.nthreads().values()) if client else THREADS_PER_WORKER
+            frame, rows = read_tables(inputs, slots)
+            llm = load(
+                model, revision=revision, dtype=dtype, device=device, kv_memory=kv_memory, client=client
+            )
+            ask = frame.llm.chat if chat else frame.llm.generate
+            answered = ask(llm, prompt, output=column, system=system, **chosen)
+            seconds = write(answered, target, client, rows)
+        close(summary(target, column, seconds), as_json)
+
+
+@click.command()
+@click.option("--output", default="demo-answers", show_default=True, help="Directory of the Parquet answers.")
+@json_option
+def demo(output: str, as_json: bool) -> None:
+    """The bundled model answers the bundled table on a local Dask cluster."""
+    console = Console(stderr=as_json)
+    with failures():
+        target = emptied(Path(output))
+        table = bundled.table()
+        workers = min(2, cores())
+        with local_cluster(workers, THREADS_PER_WORKER) as client:
+            console.print(f"{workers} workers; Dask dashboard: {client.dashboard_link}", highlight=False)
+            llm = load(str(bundled.model_path()), client=client)
+            frame = dd.from_pandas(table, npartitions=4 * workers)
+            answered = frame.llm.chat(llm, "prompt", max_tokens=64)
+            seconds = write(answered, target, client, len(table))
+        answers = pd.read_parquet(target)
+        console.print(answer_table(answers))
+        close({**summary(target, "generated", seconds), "right": bundled.share_right(answers)}, as_json)
+
+
+def emptied(output: Path) -> Path:
+    """The demo's own directory: what an earlier run left there is removed, anything else is refused."""
+    if output.is_dir():
+        for file in output.glob("part.*.parquet"):
+            file.unlink()
+    return new_directory(str(output))
+
+
+def answer_table(answers: pd.DataFrame) -> Table:
+    """A dozen answers as a table for the screen, spread over the tasks and languages."""
+    shown = answers.groupby(["task", "language"], sort=False).head(1).head(SHOWN_ANSWERS)
+    table = Table("task", show_lines=True)
+    table.add_column("prompt", overflow="fold")  # Chinese has no spaces to wrap at
+    table.add_column("answer", overflow="fold")
+    table.add_column("right?")
+    for row in shown.to_dict("records"):
+        failed = row["generated_finish_reason"] == "error"
+        text = row["generated_error" if failed else "generated"]
+        right = bundled.share_right(pd.DataFrame([row])) == 1
+        mark = "[green]yes[/]" if right else "[red]no[/]"
+        table.add_row(
+            f"{row['task']} ({row['language']})", escape(str(row["prompt"])), escape(str(text)), mark
+        )
+    return table

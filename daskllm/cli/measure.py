@@ -1,0 +1,43 @@
+"""``daskllm bench``: loading, speed and memory on a work file."""
+
+from __future__ import annotations
+
+import click
+
+from daskllm import bench as benchmark
+from daskllm.cli.options import cluster_options, failures, json_option, loading_options
+from daskllm.cli.running import show
+
+__all__ = ["bench"]
+
+
+@click.command()
+@loading_options
+@click.option("--work", required=True, type=click.Path(dir_okay=False), help="A JSON list of {prompt, out}.")
+@cluster_options
+@json_option
+def bench(
+    model: str,
+    revision: str | None,
+    dtype: str,
+    device: str,
+    kv_memory: str,
+    work: str,
+    workers: int | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Measure loading, speed and memory on a work file."""
+    with failures():
+        rows = benchmark.read_work(work)
+        measured = benchmark.measure(
+            model,
+            rows,
+            workers=workers,
+            threads=threads,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            kv_memory=kv_memory,
+        )
+    show(measured, as_json)
