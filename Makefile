@@ -22,8 +22,8 @@ setup: $(READY) ## make .venv and install everything into it (every other target
 $(READY): setup.cfg pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"daskllm needs Python 3.11 or newer, not {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
 	@echo "Setting up .venv (some minutes the first time) ..."
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(if $(TORCH_INDEX),$(PIP) --constraint $(CONSTRAINTS) --index-url $(TORCH_INDEX) torch)
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
+	@$(if $(TORCH_INDEX),$(PIP) --constraint $(CONSTRAINTS) --no-deps --index-url $(TORCH_INDEX) torch)
 	@$(PIP) --constraint $(CONSTRAINTS) --editable '.[dashboard,notebook,test,dev]'
 	@touch $@
 

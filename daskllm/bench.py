@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +25,9 @@ from distributed import Client, LocalCluster
 from daskllm import __version__
 from daskllm.llm import load
 from daskllm.machine import cores
+from daskllm.models import DecoderConfig
 from daskllm.runtime.process import session_for
+from daskllm.runtime.stages import at_engine
 from daskllm.session import Session
 from daskllm.types import ModelSpec, SamplingParams
 
@@ -81,6 +83,7 @@ def measure(
     *,
     workers: int | None = None,
     threads: int | None = None,
+    stages: int | None = None,
     revision: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
@@ -91,6 +94,7 @@ def measure(
     Args:
         workers: processes of a local Dask cluster; None answers in this process, without Dask.
         threads: Dask threads per worker, each of which has one task in flight (2).
+        stages: into how many workers' parts the model is cut; None: each worker holds the whole.
 
     Returns:
         ``load_s`` from the call of ``load`` until ready to generate; ``seconds`` for all rows after the
@@ -99,14 +103,21 @@ def measure(
         processes that hold the model; ``preemptions``; and the machine and versions it ran on.
 
     Raises:
+        ValueError: a row asks for what the model cannot do: a token outside its vocabulary, or more tokens
+            than its context holds.
         RuntimeError: a row did not yield exactly the tokens it asks for, so that the time means nothing.
     """
     options: dict[str, Any] = {"revision": revision, "dtype": dtype, "device": device, "kv_memory": kv_memory}
+    for name, given in (("threads", threads), ("stages", stages)):
+        if workers is None and given is not None:
+            raise ValueError(f"{name}= is about the workers of a cluster: give workers= as well")
     if workers is None:
-        if threads is not None:
-            raise ValueError("threads= counts the Dask threads of a worker: give workers= as well")
         measured = _in_process(model, work, options)
     else:
+        if stages is not None:
+            if stages > workers:
+                raise ValueError(f"stages={stages} need as many workers: workers={workers} is too few")
+            options["stages"] = stages
         measured = _on_cluster(model, work, options, workers, threads or 2)
     measured["out_tokens_per_s"] = round(measured["out_tokens"] / measured["seconds"], 1)
     for name in ("load_s", "seconds", "base_rss_mb", "peak_rss_mb"):
@@ -122,6 +133,7 @@ def _in_process(model: str, work: Sequence[WorkRow], options: dict[str, Any]) ->
     session = llm.session()
     load_s = time.perf_counter() - begun
     try:
+        _check_fits(work, llm.config)
         _answer(session, work[:WARM_UP_ROWS])
         begun = time.perf_counter()
         tokens = _answer(session, work)
@@ -149,15 +161,21 @@ def _on_cluster(
     ):
         base = sum(client.run(_resident).values())
         begun = time.perf_counter()
-        spec = load(model, client=client, **options).spec
+        llm = load(model, client=client, **options)
+        spec = llm.spec
         load_s = time.perf_counter() - begun
-        client.run(_answer_here, spec, work[:WARM_UP_ROWS])
-        size = -(-len(work) // (workers * threads * TASKS_PER_THREAD))
+        _check_fits(work, llm.config)
+        engines_at = [stage.worker for stage in spec.stages[-1:]] or list(client.nthreads())
+        _at_each(client, engines_at, _answer_here, spec, work[:WARM_UP_ROWS])
+        size = -(-len(work) // (len(engines_at) * threads * TASKS_PER_THREAD))
         parts = [work[i : i + size] for i in range(0, len(work), size)]
         begun = time.perf_counter()
         tokens = sum(client.gather(client.map(_answer_here, [spec] * len(parts), parts, pure=False)))
         seconds = time.perf_counter() - begun
-        engines = list(client.run(_engine_here, spec).values())
+        if spec.stages:
+            engines = list(client.run(at_engine, spec, _engine, workers=engines_at).values())
+        else:
+            engines = _at_each(client, engines_at, _engine_here, spec)
         return {
             "load_s": load_s,
             "seconds": seconds,
@@ -168,7 +186,28 @@ def _on_cluster(
             "preemptions": sum(engine["preemptions"] for engine in engines),
             "workers": workers,
             "threads": threads,
+            "stages": len(spec.stages) or 1,
         }
+
+
+def _check_fits(work: Sequence[WorkRow], config: DecoderConfig) -> None:
+    """Refuse a row that this model cannot answer as asked (ValueError)."""
+    for i, row in enumerate(work):
+        highest, known = max(row.prompt), config.vocab_size
+        if highest >= known:
+            raise ValueError(f"row {i}: token id {highest} is outside the model's vocabulary of {known}")
+        if len(row.prompt) + row.out > config.max_positions:
+            raise ValueError(
+                f'row {i}: {len(row.prompt)} tokens of "prompt" and {row.out} of "out" are more than the '
+                f"model's context of {config.max_positions}"
+            )
+
+
+def _at_each(client: Client, workers: Sequence[str], function: Callable[..., Any], *given: Any) -> list[Any]:
+    """The results of a task on each of these workers."""
+    tasks = [client.submit(function, *given, workers=[worker], pure=False) for worker in workers]
+    results: list[Any] = client.gather(tasks)
+    return results
 
 
 def _answer(session: Session, work: Sequence[WorkRow]) -> int:

@@ -7,29 +7,38 @@ are answered (`session`), where (`runtime`), and how tables are (`frame`).
 from __future__ import annotations
 
 import os
-import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from numbers import Integral
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import dask
 import dask.bag as db
 import dask.dataframe as dd
 import numpy as np
 import pandas as pd
-from dask.utils import parse_bytes
 
 from daskllm.checkpoint import Checkpoint, open_checkpoint
 from daskllm.frame import ask_series, check_chats
-from daskllm.graph import LayerGraph
+from daskllm.graph import LayerGraph, Plan
 from daskllm.models import DecoderConfig, describe, layer_names, sources
 from daskllm.runtime import dataflow
 from daskllm.runtime.call import Call, Kind, draw_seed
 from daskllm.runtime.cluster import client_for, over_rows
-from daskllm.runtime.process import close_session, close_session_on, open_session_on, session_for
+from daskllm.runtime.loading import (
+    check_client,
+    check_options,
+    close_on,
+    kv_bytes,
+    open_on,
+    reachable,
+    residency_of,
+    specs_of,
+)
+from daskllm.runtime.placing import Stages, check_stages, place, plan_of, with_times
+from daskllm.runtime.process import close_session, session_for
+from daskllm.runtime.resident import resident_bytes
 from daskllm.runtime.tasks import answer_bag, answer_rows, plain
 from daskllm.session import Session, end_tokens
 from daskllm.text.tokenizer import Tokenizer
@@ -40,10 +49,6 @@ if TYPE_CHECKING:
     from distributed import Client
 
 __all__ = ["LLM", "generate_text", "load", "parallel_generate_text"]
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-DEVICES = ("auto", "cpu", "cuda")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class LLM:
@@ -68,7 +73,10 @@ class LLM:
         return f"<LLM {spec.path} dtype={spec.dtype} device={spec.device}>"
 
     def session(self) -> Session:
-        """This process's open model; opens it where that has not happened yet."""
+        """This process's open model; opens it where that has not happened yet.
+
+        For a model in stages, one that asks the worker of the last stage.
+        """
         return session_for(self.spec)
 
     @cached_property
@@ -118,7 +126,9 @@ class LLM:
         return self._ask("chat", messages, sampling)
 
     def stream(self, prompt: str | Sequence[int], **sampling: Any) -> Iterator[str]:
-        """One answer in pieces, as they come; their join is the text. Runs in this process.
+        """One answer in pieces, as they come; their join is the text.
+
+        Runs in this process, or where the engine is of a model in stages.
 
         Args:
             prompt: text or token ids.
@@ -202,11 +212,13 @@ class LLM:
             if fuse != "layer" or shards != 1:
                 raise ValueError('max_tokens goes layer by layer: leave fuse="layer" and shards=1')
             params = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop_token_ids)
+            self._check_room(len(ids) + params.max_tokens - 1)
             ends = set(params.stop_token_ids or ()) | set(() if ignore_eos else self._eos_token_ids)  # type: ignore[arg-type]
             return dataflow.decode(self.spec, layer_names(self.config), ids, params.max_tokens, ends)
         if shards > 1:
             return dataflow.forward(self.spec, LayerGraph.of(self.config, shards=shards).open_all(), ids)
-        stages = [layer_names(self.config)] if fuse == "stage" else None
+        whole = [layer_names(self.config)]
+        stages = None if fuse == "layer" else [stage.layers for stage in self.spec.stages] or whole
         return dataflow.forward(self.spec, self.graph, ids, stages)
 
     def _checked_ids(self, token_ids: Sequence[int]) -> list[int]:
@@ -217,7 +229,14 @@ class LLM:
         outside = [i for i in ids if not 0 <= i < vocab]
         if outside:
             raise ValueError(f"token id {outside[0]} is outside the model's vocabulary of {vocab}")
+        self._check_room(len(ids))
         return ids
+
+    def _check_room(self, positions: int) -> None:
+        if positions > self.config.max_positions:
+            raise ValueError(
+                f"{positions} positions do not fit the model's context of {self.config.max_positions}"
+            )
 
     @property
     def _eos_token_ids(self) -> tuple[int, ...]:
@@ -227,8 +246,24 @@ class LLM:
         """Let the model go, here and on the client's workers; a later call opens it again."""
         close_session(self.spec)
         client = client_for(self.client)
-        if client is not None:
-            client.run(close_session_on, self.spec)
+        if client is not None and client.status == "running":
+            close_on(client, self.spec)
+
+    @property
+    def plan(self) -> Plan:
+        """Which layers are where, what that was expected to take and, for stages, what it took so far."""
+        client = client_for(self.client)
+        if client is None:
+            return plan_of(self.spec, self.config, None)
+        present = specs_of(client, self.spec)[-1]
+        return with_times(plan_of(present, self.config, client), client, present)
+
+    def residency(self) -> dict[str, dict[str, int]]:
+        """Worker address ("" for this process) -> layer -> bytes of its weights that are held there."""
+        client = client_for(self.client)
+        if client is None:
+            return {"": resident_bytes(self.spec)}
+        return residency_of(client, self.spec)
 
     def _ask(self, kind: Kind, given: Any, sampling: Mapping[str, Any]) -> Any:
         params = SamplingParams.of(sampling)
@@ -261,15 +296,16 @@ def load(
     quantize: None = None,
     revision: str | None = None,
     client: Client | None = None,
-    plan: Literal["auto"] = "auto",
-    stages: Literal["auto", 1] = "auto",
+    plan: Plan | Literal["auto"] = "auto",
+    stages: Stages = "auto",
     replicas: Literal["auto"] = "auto",
     kv_memory: int | str = "auto",
 ) -> LLM:
     """Open a model.
 
     With a Dask client, given or current, it is opened on every worker that is there, and on those that join
-    later by their first task; without one, in this process.
+    later by their first task; without one, in this process. In stages, each of its layers is on one worker
+    and nowhere else, and a row's every token passes through all of them.
 
     Args:
         model: a directory, or a Hub id (``"org/name"``).
@@ -278,21 +314,30 @@ def load(
         quantize: None, weights as they are.
         revision: branch, tag or commit of a Hub id.
         client: the Dask client whose workers answer lists, Series and pandas tables.
-        plan, stages, replicas: "auto"; every worker holds the whole model.
+        plan: a `daskllm.graph.Plan` of one replica over the client's workers, named by their addresses;
+            "auto" makes one.
+        stages: into how many workers' parts the layers are cut; "auto": not at all where the model fits every
+            worker, else as few as fit. 1: every worker holds the whole model.
+        replicas: "auto".
         kv_memory: KV cache per process, in bytes or as "2 GiB"; "auto" takes a share of the free memory.
 
     Raises:
         ModelError: the model cannot be loaded; the message names the file and the tensor or field.
-        ValueError: an argument out of what is supported.
+        ValueError: an argument out of what is supported, stages without a client or more than there are
+            layers or workers.
+        PlanError: no worker has room for some layer, or the plan is not one of this model on these workers.
         TypeError: an argument of the wrong type.
     """
-    _check_options(dtype, device, quantize, plan, stages, replicas)
-    memory = _kv_bytes(kv_memory)
-    _check_client(client)
+    check_options(dtype, device, quantize, replicas)
+    memory = kv_bytes(kv_memory)
+    check_client(client)
+    answering = client_for(client)
+    check_stages(stages, plan, answering)
     checkpoint = open_checkpoint(model, revision)
     try:
-        sources(describe(checkpoint.config), checkpoint.names)
-        path, commit = _reachable(model, checkpoint)
+        config = describe(checkpoint.config)
+        sources(config, checkpoint.names)
+        path, commit = reachable(model, checkpoint)
         spec = ModelSpec(
             path=path,
             revision=commit,
@@ -303,12 +348,13 @@ def load(
         )
     finally:
         checkpoint.close()
-    llm = LLM(spec, client)
-    answering = client_for(client)
     if answering is None:
+        llm = LLM(spec, client)
         llm.session()
-    else:
-        answering.run(open_session_on, spec)
+        return llm
+    chosen = place(answering, spec, config, stages, plan)
+    llm = LLM(chosen, client)
+    open_on(answering, chosen)
     return llm
 
 
@@ -338,7 +384,8 @@ def parallel_generate_text(
     Args:
         prompts: texts.
         model: an `LLM`, or what `load` takes.
-        num_workers: Dask tasks that the prompts are dealt to; those in one process share its batch.
+        num_workers: Dask tasks that the prompts are dealt to, on the workers of the model's client or of the
+            current one, else on threads; those in one process share its batch.
         max_length: at most this many new tokens for each.
 
     Raises:
@@ -355,7 +402,9 @@ def parallel_generate_text(
     hands = [slice(first, None, int(num_workers)) for first in range(min(int(num_workers), len(rows)))]
     answer = dask.delayed(answer_rows, pure=False, traverse=False)
     parts = dask.compute(
-        *(answer(rows[hand], call, places[hand]) for hand in hands), num_workers=int(num_workers)
+        *(answer(rows[hand], call, places[hand]) for hand in hands),
+        scheduler=client_for(llm.client),
+        num_workers=int(num_workers),
     )
     texts = [""] * len(rows)
     for hand, part in zip(hands, parts, strict=True):
@@ -387,52 +436,3 @@ def _listed(given: Any, kind: Kind) -> list[Any]:
     if items and all(isinstance(item, Integral) and not isinstance(item, bool) for item in items):
         raise TypeError("a list of integers is one prompt's token ids: put it into a list, [[1, 2, 3]]")
     return items
-
-
-def _check_options(dtype: Any, device: Any, quantize: Any, plan: Any, stages: Any, replicas: Any) -> None:
-    for name, value, allowed in (
-        ("dtype", dtype, DTYPES),
-        ("device", device, DEVICES),
-        ("quantize", quantize, (None,)),
-        ("plan", plan, ("auto",)),
-        ("stages", stages, ("auto", 1)),
-        ("replicas", replicas, ("auto",)),
-    ):
-        if not any(value is one or (type(value) is type(one) and value == one) for one in allowed):
-            listed = " or ".join(repr(one) for one in allowed)
-            raise ValueError(f"{name} must be {listed} in this version, not {value!r}")
-
-
-def _check_client(client: Any) -> None:
-    if client is None:
-        return
-    from distributed import Client  # whoever has one has imported it already
-
-    if not isinstance(client, Client):
-        raise TypeError(f"client must be a distributed.Client or None, not {client!r:.80}")
-    if client.asynchronous:
-        raise ValueError("client must be synchronous: daskllm waits for its answers")
-
-
-def _kv_bytes(kv_memory: Any) -> int | None:
-    if kv_memory == "auto":
-        return None
-    wanted = f'kv_memory must be "auto", bytes (at least 1) or text such as "2 GiB", not {kv_memory!r}'
-    if isinstance(kv_memory, bool) or not isinstance(kv_memory, (str, Integral)):
-        raise TypeError(wanted)
-    try:
-        size = parse_bytes(kv_memory) if isinstance(kv_memory, str) else int(kv_memory)
-    except ValueError:
-        raise ValueError(wanted) from None
-    if size < 1:
-        raise ValueError(wanted)
-    return cast(int, size)
-
-
-def _reachable(model: str | os.PathLike[str], checkpoint: Checkpoint) -> tuple[str, str | None]:
-    """Path and revision by which other processes find the same files: a Hub id keeps its present commit."""
-    directory = Path(model).expanduser()
-    if directory.is_dir():
-        return str(directory.resolve()), None
-    commit = checkpoint.path.name
-    return str(model), commit if _COMMIT.fullmatch(commit) else None

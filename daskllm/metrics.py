@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 
 __all__ = ["EngineMetrics", "StepRecord"]
 
@@ -64,12 +64,10 @@ class EngineMetrics:
 
     def totals(self) -> dict[str, float]:
         """Everything but the history, as one flat dict."""
-        values = asdict(self)
-        del values["history"]
-        return values
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "history"}
 
     def fill(self, seconds: float = float("inf")) -> float:
         """Mean number of sequences in the batch over the last ``seconds`` (0 without a step)."""
         since = time.monotonic() - seconds
-        sizes = [step.running for step in self.history if step.time >= since]
+        sizes = [step.running for step in list(self.history) if step.time >= since]
         return sum(sizes) / len(sizes) if sizes else 0.0

@@ -7,6 +7,7 @@ a row's error to that row. It knows no Dask and no table.
 from __future__ import annotations
 
 import atexit
+import functools
 import queue
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -20,22 +21,19 @@ from daskllm import machine
 from daskllm.checkpoint import Checkpoint
 from daskllm.engine.batcher import Batcher
 from daskllm.engine.engine import Engine, Ticket
-from daskllm.engine.kvcache import BlockPool, KVCache, blocks_for, bytes_per_block
+from daskllm.engine.kvcache import BlockPool
 from daskllm.engine.layers import ResidentModel
 from daskllm.engine.runner import Runner
 from daskllm.engine.sequence import Request, Sample
+from daskllm.engine.stage import MAX_SEQUENCES, MAX_STEP_TOKENS, Flight, kv_room, open_runner
 from daskllm.metrics import EngineMetrics
-from daskllm.models import DecoderConfig
-from daskllm.text.stream import Detokenizer
+from daskllm.models import DecoderConfig, layer_names
 from daskllm.text.tokenizer import Tokenizer
-from daskllm.types import Completion, ModelError, ModelSpec, Prompt, RowError, SamplingParams
+from daskllm.text.watch import TextWatcher
+from daskllm.types import Completion, ModelSpec, Prompt, RowError, SamplingParams
 
 __all__ = ["Progress", "Score", "Session", "end_tokens"]
 
-_MAX_SEQUENCES = 64
-_MAX_STEP_TOKENS = 512
-_KV_SHARE = 0.4
-"""Part of the free memory that the KV cache may grow to when nobody says."""
 _POLL_SECONDS = 0.25
 
 
@@ -74,7 +72,12 @@ class _Row:
     error: str | None = None
     params: SamplingParams = field(default_factory=SamplingParams)
     ticket: Ticket | None = None
-    watchers: list[_TextWatcher] = field(default_factory=list)
+    watchers: list[TextWatcher] = field(default_factory=list)
+
+    @property
+    def samples(self) -> list[Sample]:
+        """Those that are done."""
+        return [] if self.ticket is None else [s for s in self.ticket.samples if s is not None]
 
 
 class Session:
@@ -86,8 +89,8 @@ class Session:
         self.config, self.context = model.config, engine.context
         self.eos_token_ids = end_tokens(model.checkpoint, model.config)
         # The engine's thread must have left torch before the interpreter takes it down.
-        self._at_exit = weakref.WeakMethod(self.close)
-        atexit.register(_close_at_exit, self._at_exit)
+        self._at_exit = functools.partial(_close_at_exit, weakref.WeakMethod(self.close))
+        atexit.register(self._at_exit)
 
     @classmethod
     def open(cls, spec: ModelSpec, model: ResidentModel | None = None) -> Session:
@@ -101,18 +104,40 @@ class Session:
             ValueError: the device or the memory asked for is not there.
         """
         model = model or ResidentModel.open(spec)
-        config = model.config
+        layers = layer_names(model.config)
+        try:
+            # Room that is asked for is checked before anything is loaded; else it is what the weights leave.
+            asked = None if spec.kv_memory is None else kv_room(model, layers, spec.kv_memory)
+            for name in layers:
+                model.layer(name)
+            blocks = asked or kv_room(model, layers, None)
+            return cls.over(spec, model, open_runner(model, layers, blocks), blocks)
+        except BaseException:
+            model.close()
+            raise
+
+    @classmethod
+    def over(
+        cls,
+        spec: ModelSpec,
+        model: ResidentModel,
+        runner: Runner,
+        blocks: int,
+        depart: Callable[[Flight], None] | None = None,
+        flights: int = 1,
+    ) -> Session:
+        """A session on a runner of the model's last layers, or of all.
+
+        Args:
+            blocks: KV blocks that every stage has.
+            depart: sends a step through the stages before; see `Engine`.
+            flights: steps under way at once.
+        """
         tokenizer = Tokenizer.from_directory(model.checkpoint.path)
         threads = machine.cores()
         torch.set_num_threads(threads)
-        blocks = _kv_blocks(spec.kv_memory, model)
-        layers = model.layers()
-        cache = KVCache(
-            blocks, config.num_layers, config.num_kv_heads, config.head_dim, model.torch_dtype, model.device
-        )
-        runner = Runner(config, layers, cache, model.kernels, model.angles, model.device)
-        batcher = Batcher(BlockPool(blocks), _MAX_SEQUENCES, _MAX_STEP_TOKENS)
-        engine = Engine(runner, batcher, config.max_positions, threads)
+        batcher = Batcher(BlockPool(blocks), flights * MAX_SEQUENCES, MAX_STEP_TOKENS, flights)
+        engine = Engine(runner, batcher, model.config.max_positions, threads, depart)
         return cls(spec, model, tokenizer, engine)
 
     @property
@@ -122,7 +147,7 @@ class Session:
 
     def close(self) -> None:
         """Stop the engine and let the weights go; rows that are still waiting fail."""
-        atexit.unregister(_close_at_exit)
+        atexit.unregister(self._at_exit)
         self.engine.close()
         self.model.close()
 
@@ -182,10 +207,9 @@ class Session:
         [ticket] = self.engine.submit([request])
         try:
             while not ticket.done or not pieces.empty():
-                try:
-                    yield pieces.get(timeout=_POLL_SECONDS if not ticket.done else 0)
-                except queue.Empty:
-                    continue
+                self.engine.wait_until(lambda: ticket.done or not pieces.empty())
+                while not pieces.empty():
+                    yield pieces.get()
             self.engine.wait([ticket])
             if row.watchers and (rest := row.watchers[0].rest()):
                 yield rest
@@ -220,11 +244,12 @@ class Session:
         encoded = dict(zip(texts, self.tokenizer.encode_batch([prompts[i] for i in texts]), strict=True))  # type: ignore[misc]
         rows = []
         for i, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
+            ids: Sequence[int] = ()
             try:
                 ids = self._ids(prompt, encoded.get(i))
                 rows.append(_Row(self._fit(ids, one, room), params=one))
             except RowError as error:
-                rows.append(_Row(error=str(error), params=one))
+                rows.append(_Row(ids, error=str(error), params=one))
         return rows
 
     def _ids(self, prompt: Prompt, encoded: list[int] | RowError | None) -> Sequence[int]:
@@ -253,6 +278,8 @@ class Session:
         limit = self.context - room
         if len(ids) <= limit:
             return ids
+        if room == 0:
+            raise RowError(f"text has {len(ids)} tokens, the model's context is {self.context}; shorten it")
         if params.truncate is None:
             raise RowError(
                 f"prompt has {len(ids)} tokens, the model's context is {self.context} and an answer needs at "
@@ -277,7 +304,7 @@ class Session:
         on_token = None
         if params.stop or emit is not None:
             row.watchers = [
-                _TextWatcher(self.tokenizer, tuple(params.stop or ()), params.min_tokens, stop_ids, emit)
+                TextWatcher(self.tokenizer, tuple(params.stop or ()), params.min_tokens, stop_ids, emit)
                 for _ in range(params.n)
             ]
 
@@ -309,11 +336,7 @@ class Session:
         n = row.params.n
         if row.error is not None or row.ticket is None:
             return [Completion.failed(row.error or "the row was not run", len(row.ids))] * n
-        return [
-            self._completion(row, number, sample)
-            for number, sample in enumerate(row.ticket.samples)
-            if sample is not None
-        ]
+        return [self._completion(row, number, sample) for number, sample in enumerate(row.samples)]
 
     def _completion(self, row: _Row, number: int, sample: Sample) -> Completion:
         if sample.error is not None:
@@ -334,55 +357,6 @@ class Session:
         )
 
 
-class _TextWatcher:
-    """The text of a sample as it grows: finds stop strings, and lets out what cannot be part of one.
-
-    Attributes:
-        cut: the text before the stop string, once one has ended the sample.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        stop: tuple[str, ...],
-        min_tokens: int,
-        stop_ids: frozenset[int],
-        emit: Callable[[str], None] | None,
-    ) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
-        self._stop, self._min_tokens, self._stop_ids, self._emit = stop, min_tokens, stop_ids, emit
-        self._longest = max(map(len, stop), default=1)
-        self._text = ""
-        self._let_out = 0
-        self.cut: str | None = None
-
-    def push(self, output: Sequence[int]) -> bool:
-        """Take the newest token; whether a stop string is complete."""
-        if output[-1] in self._stop_ids and len(output) >= self._min_tokens:
-            return False
-        known = len(self._text)
-        self._text += self._detokenizer.push(output[-1])
-        if len(output) >= self._min_tokens:
-            # Before min_tokens a stop string does not count, nor does it when it only began there and ended.
-            since = max(0, known - self._longest + 1)
-            found = [at for s in self._stop if (at := self._text.find(s, since)) >= 0]
-            if found:
-                self.cut = self._text[: min(found)]
-                self._release(len(self.cut))
-                return True
-        self._release(len(self._text) - self._longest + 1)
-        return False
-
-    def _release(self, upto: int) -> None:
-        if self._emit is not None and upto > self._let_out:
-            self._emit(self._text[self._let_out : upto])
-            self._let_out = upto
-
-    def rest(self) -> str:
-        """What was held back when the sample ended without a stop string."""
-        return "" if self.cut is not None else self._text[self._let_out :]
-
-
 class _Reporter:
     """Counts rows as they come to an end and reports the difference."""
 
@@ -396,13 +370,13 @@ class _Reporter:
         if not done:
             return
         self._open = [row for row in self._open if row.ticket is not None and not row.ticket.done]
-        samples = [s for row in done if row.ticket is not None for s in row.ticket.samples if s is not None]
+        samples = [s for row in done for s in row.samples]
         self._progress(
             Progress(
                 rows=len(done),
                 prompt_tokens=sum(len(row.ids) for row in done),
                 output_tokens=sum(len(s.token_ids) for s in samples),
-                errors=sum(row.error is not None for row in done) + sum(s.error is not None for s in samples),
+                errors=sum(row.error is not None or any(s.error for s in row.samples) for row in done),
             )
         )
 
@@ -419,22 +393,6 @@ def _id(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise RowError(f"a prompt of token ids holds {value!r}, which is not an integer")
     return int(value)
-
-
-def _kv_blocks(kv_memory: int | None, model: ResidentModel) -> int:
-    config = model.config
-    itemsize = model.torch_dtype.itemsize
-    size = bytes_per_block(config.num_layers, config.num_kv_heads, config.head_dim, itemsize)
-    enough = _MAX_SEQUENCES * blocks_for(config.max_positions)
-    if kv_memory is not None:
-        if kv_memory < size:
-            raise ValueError(f"kv_memory={kv_memory} is less than one KV block of this model ({size} bytes)")
-        return min(kv_memory // size, enough)
-    free = machine.available_memory() if model.device == "cpu" else torch.cuda.mem_get_info()[0]
-    blocks = min(int(free * _KV_SHARE) // size, enough)
-    if blocks < 1:
-        raise ModelError(f"no memory for a KV cache: {free} bytes are free, one block takes {size}")
-    return blocks
 
 
 def end_tokens(checkpoint: Checkpoint, config: DecoderConfig) -> tuple[int, ...]:

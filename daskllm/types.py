@@ -21,6 +21,8 @@ __all__ = [
     "Prompt",
     "RowError",
     "SamplingParams",
+    "StageLostError",
+    "StageSpec",
     "TokenLogprob",
 ]
 
@@ -37,12 +39,24 @@ class ModelError(DaskLLMError):
     """A model directory that cannot be loaded; the message names the file and the tensor or field."""
 
 
+class StageLostError(DaskLLMError):
+    """A worker that held layers of a model is gone or does not answer, and its rows with it."""
+
+
 class RowError(DaskLLMError):
     """One row cannot be answered; its message becomes the row's error and its neighbours go on."""
 
 
 Prompt: TypeAlias = "str | Sequence[int] | Sequence[Message] | RowError"
 """What one row asks: text, token ids, chat messages, or the reason why it already failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageSpec:
+    """Consecutive layers of a model, and the address of the worker that holds and runs them."""
+
+    worker: str
+    layers: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +70,7 @@ class ModelSpec:
         device: "auto" (a GPU where there is one), "cpu" or "cuda".
         kv_memory: bytes of KV cache per process; None takes a share of the memory that is free.
         identity: the checkpoint's, so that a changed directory is another model.
+        stages: where its layers are, in order and each once; empty where each process holds all of them.
     """
 
     path: str
@@ -64,6 +79,7 @@ class ModelSpec:
     device: str = "auto"
     kv_memory: int | None = None
     identity: str = ""
+    stages: tuple[StageSpec, ...] = ()
 
 
 def _as_tuple(name: str, value: Any, kind: type, what: str) -> tuple[Any, ...]:
@@ -174,7 +190,7 @@ class SamplingParams:
         need(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "between 0 and max_tokens")
         need(0 <= self.temperature < finite, "temperature", "at least 0 and finite")
         need(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
-        need(self.top_k >= 0, "top_k", "at least 0 (0 keeps all)")
+        need(0 <= self.top_k < 2**31, "top_k", "at least 0 (0 keeps all) and below 2**31")
         need(0 <= self.min_p <= 1, "min_p", "between 0 and 1")
         need(0 < self.repetition_penalty < finite, "repetition_penalty", "above 0 and finite")
         for name in ("presence_penalty", "frequency_penalty"):
@@ -182,6 +198,7 @@ class SamplingParams:
         need(all(self.stop or ()), "stop", "non-empty strings")
         need(all(i >= 0 for i in self.stop_token_ids or ()), "stop_token_ids", "token ids of at least 0")  # type: ignore[union-attr]
         need(self.n >= 1, "n", "at least 1")
+        need(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer")
         need(self.logprobs is None or self.logprobs >= 0, "logprobs", "None or at least 0")
         need(self.truncate in (None, "left"), "truncate", 'None or "left"')
 

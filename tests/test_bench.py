@@ -43,6 +43,7 @@ def test_every_row_gets_its_own_number_of_tokens_in_this_process(model: Path) ->
     assert measured["mean_batch"] > 1
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_the_same_work_through_a_local_cluster(model: Path) -> None:
     measured = measure(str(model), WORK, workers=2, threads=2, kv_memory=2**20)
@@ -50,14 +51,27 @@ def test_the_same_work_through_a_local_cluster(model: Path) -> None:
     assert (measured["workers"], measured["threads"]) == (2, 2)
 
 
-def test_a_row_that_cannot_be_answered_spoils_the_measurement(model: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"row 1 gave 0 of 2 tokens: token id 999 is outside"):
+def test_a_row_that_the_model_cannot_answer_is_refused(model: Path) -> None:
+    with pytest.raises(ValueError, match=r"row 1: token id 999 is outside .* 288"):
         measure(str(model), [WorkRow((5,), 2), WorkRow((999,), 2)])
+    with pytest.raises(ValueError, match=r"row 0: 200 tokens .* and 57 .* context of 256"):
+        measure(str(model), [WorkRow((5,) * 200, 57)])
+    assert measure(str(model), [WorkRow((5,) * 200, 56)])["out_tokens"] == 56
 
 
-def test_threads_are_a_cluster_s(model: Path) -> None:
-    with pytest.raises(ValueError, match="give workers= as well"):
-        measure(str(model), WORK, threads=2)
+@pytest.mark.cluster
+def test_the_same_work_through_two_stages(model: Path) -> None:
+    measured = measure(str(model), WORK, workers=2, threads=1, stages=2, kv_memory=2**20)
+    check(measured)
+    assert (measured["workers"], measured["stages"]) == (2, 2)
+
+
+def test_threads_and_stages_are_a_cluster_s(model: Path) -> None:
+    for option in ("threads", "stages"):
+        with pytest.raises(ValueError, match=f"{option}=.*give workers= as well"):
+            measure(str(model), WORK, **{option: 2})
+    with pytest.raises(ValueError, match="stages=3 need as many workers"):
+        measure(str(model), WORK, workers=2, stages=3)
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,25 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import dask
+import dask.dataframe as dd
 import pandas as pd
+import pyarrow as pa
 import pytest
 from click.testing import CliRunner, Result
+from distributed import KilledWorker
+from distributed.client import FutureCancelledError
+from distributed.comm import CommClosedError
 
-from daskllm.cli import main
+from daskllm.cli import answer, main
+from daskllm.cli.answer import MARKER, own_directory
+from daskllm.cli.running import write
 from daskllm.llm import load
 from tests.tiny import make_model
 
@@ -66,6 +77,73 @@ def test_generate_gives_the_table_back_with_the_answers(model: str, table: Path,
     assert done["output"] == str(out)
 
 
+def test_many_partitions_come_back_in_order(model: str, tmp_path: Path) -> None:
+    for number in range(12):
+        rows = {"id": [2 * number, 2 * number + 1], "text": ["a", "b"]}
+        pd.DataFrame(rows).to_parquet(tmp_path / f"in-{number:02}.parquet")
+    out = tmp_path / "out"
+    result = run(
+        "generate", "--model", model, "--input", tmp_path / "in-*.parquet", "--prompt", "text",
+        "--output", out, "--max-tokens", 1,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert len(list(out.glob("*.parquet"))) == 12
+    assert pd.read_parquet(out)["id"].tolist() == list(range(24))
+
+
+def test_columns_of_lists_pass_through(model: str, tmp_path: Path) -> None:
+    lists = [[1, 2], None, []] * 30
+    table = pd.DataFrame({"q": ["a"] * 90, "tags": lists, "day": [date(2024, 1, 31)] * 90})
+    table.to_parquet(tmp_path / "in.parquet")
+    out = tmp_path / "out"
+    result = run(
+        "generate", "--model", model, "--input", tmp_path / "in.parquet", "--prompt", "q", "--output", out,
+        "--max-tokens", 1,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert len(list(out.glob("*.parquet"))) == 2
+    answers = pd.read_parquet(out)
+    assert [None if cell is None else list(cell) for cell in answers["tags"]] == lists
+    assert answers["day"].tolist() == table["day"].tolist()
+
+
+def test_an_index_is_written_beside_columns_of_lists(tmp_path: Path) -> None:
+    table = pd.DataFrame({"tags": [[1], None], "x": [1, 2]}, index=pd.Index([5, 7], name="key"))
+    with dask.config.set({"dataframe.convert-string": False}):
+        frame = dd.from_pandas(table, npartitions=2)
+    write(frame, tmp_path, None, 2, {"tags": pa.list_(pa.int64())})
+    back = pd.read_parquet(tmp_path)
+    assert back.index.equals(table.index)
+    assert list(back.columns) == ["tags", "x"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_message_lists_are_asked_as_a_conversation(model: str, tmp_path: Path, kind: str) -> None:
+    talks = [
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}],
+        [{"role": "user", "content": "北京"}],
+        None,
+    ]
+    table = pd.DataFrame({"messages": talks})
+    if kind == "jsonl":
+        table.to_json(tmp_path / "in.jsonl", orient="records", lines=True)
+    else:
+        table.to_parquet(tmp_path / "in.parquet")
+    out = tmp_path / "out"
+    result = run(
+        "generate", "--model", model, "--input", tmp_path / f"in.{kind}", "--prompt", "messages", "--chat",
+        "--output", out, "--max-tokens", 3,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    answers = pd.read_parquet(out)
+    assert list(answers["messages"][0]) == talks[0]
+    assert answers["generated_error"].tolist()[2] == "prompt is null"
+    llm = load(model)
+    expected = llm.chat(talks[:2], max_tokens=3)
+    llm.close()
+    assert answers["generated"].tolist()[:2] == [completion.text for completion in expected]
+
+
 def test_csv_in_a_column_of_another_name_and_the_chat_template(model: str, tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text("id,q\n007,Hello\n008,Bye\n")
     out = tmp_path / "out"
@@ -85,6 +163,7 @@ def test_csv_in_a_column_of_another_name_and_the_chat_template(model: str, tmp_p
     assert answers["said_prompt_tokens"][0] == expected.prompt_tokens
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_a_seed_gives_the_same_answers_on_a_cluster(model: str, tmp_path: Path) -> None:
     rows = [f"row {i}" for i in range(200)]
@@ -135,6 +214,72 @@ def test_an_output_directory_that_holds_something_is_refused(model: str, table: 
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_an_output_directory_that_cannot_be_made_is_one_line(model: str, table: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    out = tmp_path / "file" / "out"
+    result = run("generate", "--model", model, "--input", table, "--prompt", "city", "--output", out)
+    assert result.exit_code == 2
+    assert str(out) in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (KilledWorker("chat-1", SimpleNamespace(address="tcp://127.0.0.1:1"), 3), "chat-1"),  # type: ignore[arg-type]
+        (FutureCancelledError("chat-1", "scheduler-connection-lost"), "scheduler-connection-lost"),
+        (CommClosedError("the scheduler is gone"), "the scheduler is gone"),
+        (OverflowError("int too big"), "int too big"),
+    ],
+)
+def test_what_befalls_a_cluster_is_one_line(
+    model: str, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
+    monkeypatch.setattr(answer, "write", _raising(error))
+    result = run(
+        "generate", "--model", model, "--input", table, "--prompt", "city", "--output", tmp_path / "out"
+    )
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_key_error_that_is_no_column_is_a_bug_with_its_traceback(
+    model: str, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answer, "write", _raising(KeyError("inside")))
+    result = run(
+        "generate", "--model", model, "--input", table, "--prompt", "city", "--output", tmp_path / "out"
+    )
+    assert isinstance(result.exception, KeyError)
+
+
+def _raising(error: Exception) -> Callable[..., Any]:
+    def raising(*arguments: Any) -> Any:
+        raise error
+
+    return raising
+
+
+def test_the_demo_removes_what_it_wrote_itself_and_nothing_else(tmp_path: Path) -> None:
+    out = tmp_path / "answers"
+    own_directory(out, 2)
+    for number in range(2):
+        (out / f"part.0000{number}.parquet").touch()
+    assert own_directory(out, 2) == out
+    assert [file.name for file in out.iterdir()] == [MARKER]
+    (out / "part.00007.parquet").touch()
+    with pytest.raises(ValueError, match="not empty"):
+        own_directory(out, 2)
+    assert (out / "part.00007.parquet").exists()
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "part.0.parquet").touch()
+    with pytest.raises(ValueError, match="not empty"):
+        own_directory(theirs, 2)
+    assert (theirs / "part.0.parquet").exists()
+
+
 def test_info_tells_a_model_s_shape(model: str) -> None:
     facts = last_line(run("info", "--model", model, "--json"))
     assert (facts["family"], facts["layers"], facts["heads"], facts["kv_heads"]) == ("llama", 3, 4, 2)
@@ -155,11 +300,20 @@ def test_bench_prints_its_line(model: str, tmp_path: Path) -> None:
     work.write_text(json.dumps([{"prompt": [5, 6, 7], "out": 4}] * 5))
     measured = last_line(run("bench", "--model", model, "--work", work, "--json"))
     assert measured["out_tokens"] == 20
+    for row, words in (
+        ({"prompt": [5, 999], "out": 4}, "row 0: token id 999 is outside"),
+        ({"prompt": [5] * 250, "out": 40}, "row 0: 250 tokens"),
+    ):
+        work.write_text(json.dumps([row]))
+        refused = run("bench", "--model", model, "--work", work)
+        assert refused.exit_code == 2
+        assert words in refused.stderr
     missing = run("bench", "--model", model, "--work", tmp_path / "none.json")
     assert missing.exit_code == 2
     assert "none.json" in missing.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_the_demo_answers_its_table_and_may_run_again(tmp_path: Path) -> None:
     out = tmp_path / "answers"

@@ -85,6 +85,18 @@ def test_ports_are_published_on_the_loopback_address_only() -> None:
     assert all(port.startswith("127.0.0.1:") for port in published)
 
 
+def test_workers_see_models_and_tables_under_the_paths_of_the_host_and_have_limits() -> None:
+    mounts = [re.sub(r":\?[^}]*", "", volume) for volume in COMPOSE["worker"]["volumes"]]
+    assert mounts == ["${MODELS}:${MODELS}:ro", "${DATA}:${DATA}"]
+    assert {"cpus", "mem_limit"} <= set(COMPOSE["worker"])
+
+
+def test_torch_from_an_index_of_its_own_comes_alone() -> None:
+    for name in ("Makefile", "cluster/Dockerfile"):
+        (line,) = [one for one in (ROOT / name).read_text().splitlines() if "--index-url" in one]
+        assert "--no-deps" in line
+
+
 def test_what_the_dockerfile_copies_is_there() -> None:
     text = (ROOT / "cluster/Dockerfile").read_text()
     sources = [name for line in re.findall(r"^COPY (.+)$", text, re.M) for name in line.split()[:-1]]

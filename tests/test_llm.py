@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,11 @@ from distributed import Client
 
 import daskllm
 from daskllm.llm import LLM
+from daskllm.runtime import process
+from daskllm.runtime.loading import open_on
+from daskllm.runtime.process import open_session
 from daskllm.types import Completion, ModelError, RowError
-from tests.fake_session import FakeLLM, FakeTokenizer
+from tests.fake_session import FakeLLM, FakeSession, FakeSpec, FakeTokenizer
 
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260K"
 
@@ -224,6 +229,63 @@ def test_a_real_model_answers_alike_here_and_on_a_cluster(two_processes: Client)
 def test_load_on_a_cluster_raises_what_its_workers_raise(tmp_path: Path, two_processes: Client) -> None:
     with pytest.raises(ModelError):
         daskllm.load(tmp_path, client=two_processes)
+
+
+@pytest.mark.cluster
+def test_nothing_stays_open_where_one_worker_cannot_open(
+    tmp_path: Path, fake: FakeLLM, two_processes: Client
+) -> None:
+    broken, *_ = two_processes.run(os.getpid).values()
+    spec = FailsOn(log=fake.spec.log, process=broken)
+    with pytest.raises(ModelError, match="is broken"):
+        open_on(two_processes, spec)  # type: ignore[arg-type]
+    assert set(two_processes.run(_is_open, spec).values()) == {False}
+
+
+@dataclass(frozen=True)
+class FailsOn(FakeSpec):
+    """A fake model that one process cannot open."""
+
+    process: int = 0
+    stages: tuple[Any, ...] = ()
+
+
+@open_session.register
+def _open_but(spec: FailsOn) -> FakeSession:
+    if os.getpid() == spec.process:
+        raise ModelError(f"{spec.path} is broken")
+    return FakeSession(spec)
+
+
+def _is_open(spec: Any) -> bool:
+    return spec in process._sessions
+
+
+@pytest.mark.cluster
+def test_a_model_outlives_its_client_and_closes(fake: FakeLLM, two_processes_cluster: Any) -> None:
+    client = Client(two_processes_cluster)
+    llm = Fake(fake.spec, client)  # type: ignore[arg-type]
+    assert llm.generate("a").text == "<a>"
+    client.close()
+    llm.close()
+
+
+@pytest.mark.cluster
+def test_prompts_go_over_the_model_s_own_client(fake: FakeLLM, two_processes_cluster: Any) -> None:
+    with Client(two_processes_cluster, set_as_default=False) as client:
+        llm = Fake(fake.spec, client)  # type: ignore[arg-type]
+        assert daskllm.parallel_generate_text(["a", "b"], llm) == ["<a>", "<b>"]
+        assert set(fake.processes) <= {str(pid) for pid in client.run(os.getpid).values()}
+        llm.close()
+
+
+def test_a_series_of_token_ids_and_of_bad_cells(llm: LLM) -> None:
+    series = pd.Series([[1, 2], np.array([3]), "a", 7, None, b"a"], dtype=object)
+    out = llm.generate(series)
+    assert list(out["generated"][:4]) == ["<[1, 2]>", "<[3]>", "<a>", "<7>"]
+    assert list(out["generated_finish_reason"] == "error") == [False] * 4 + [True] * 2
+    assert not out["generated_error"].str.contains("prompt text").any()
+    assert list(llm.score(series)["score"][:3]) == [-2.0, -1.0, -1.0]
 
 
 def test_importing_gives_tables_their_accessor_and_no_torch() -> None:

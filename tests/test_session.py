@@ -13,6 +13,7 @@ import torch
 
 from daskllm.blocks.store import STORE
 from daskllm.session import Progress, Session
+from daskllm.text.watch import TextWatcher
 from daskllm.types import Completion, Message, ModelError, ModelSpec, Prompt, RowError, SamplingParams
 from tests import tiny
 
@@ -264,3 +265,34 @@ def test_kv_memory_must_hold_a_block(tmp_path: Path) -> None:
     path = tiny.make_model("llama-gqa", tmp_path / "model")
     with pytest.raises(ValueError, match="kv_memory"):
         Session.open(ModelSpec(path=str(path), kv_memory=10))
+
+
+def test_two_sessions_of_one_directory_do_not_touch_each_others_weights(tmp_path: Path) -> None:
+    path = tiny.make_model("gpt2", tmp_path / "model")
+    first, second = (Session.open(ModelSpec(path=str(path), kv_memory=m)) for m in (None, 10**7))
+    expected = one(first, "abc", max_tokens=8, ignore_eos=True)
+    first.close()
+    assert one(second, "abc", max_tokens=8, ignore_eos=True) == expected
+    second.close()
+
+
+def test_a_row_that_is_too_long_says_how_long(session: Session) -> None:
+    assert one(session, [5] * 300).prompt_tokens == 300
+    [score] = session.score([[5] * 300])
+    assert score.error is not None
+    assert "answer" not in score.error
+
+
+def test_a_short_stop_string_before_min_tokens_stays_passed() -> None:
+    class Letters:
+        special_ids = frozenset[int]()
+
+        def piece(self, id_: int, *, first: bool) -> bytes:
+            return bytes([id_])
+
+    stop = ("a", "0123456789")
+    watcher = TextWatcher(Letters(), stop, 5, frozenset(), None)  # type: ignore[arg-type]
+    text = b"xxaxbyaz"
+    ended = [watcher.push(list(text[: i + 1])) for i in range(len(text))]
+    assert ended.index(True) == 6
+    assert watcher.cut == "xxaxby"

@@ -73,10 +73,14 @@ class BlockStore:
         with self._lock:
             return [key for key in self._blocks if model is None or key.model == model]
 
-    def nbytes(self, model: str | None = None) -> int:
-        """Bytes held, of one model or of all; a block under two keys (a tied head) counts once."""
+    def nbytes(self, model: str | None = None, layer: str | None = None) -> int:
+        """Bytes held, of one model or layer or of all; a block under two keys (a tied head) counts once."""
         with self._lock:
-            held = {id(b): b for key, b in self._blocks.items() if model is None or key.model == model}
+            held = {
+                id(b): b
+                for key, b in self._blocks.items()
+                if model in (None, key.model) and layer in (None, key.layer)
+            }
         return sum(nbytes(block) for block in held.values())
 
     def drop_block(self, key: BlockKey) -> None:

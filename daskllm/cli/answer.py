@@ -18,6 +18,7 @@ from daskllm.cli.options import (
     failures,
     given,
     json_option,
+    known_columns,
     loading_options,
     sampling_options,
 )
@@ -26,6 +27,7 @@ from daskllm.cli.running import (
     close,
     local_cluster,
     new_directory,
+    part_name,
     running_on,
     summary,
     write,
@@ -37,6 +39,8 @@ from daskllm.tables import read_tables
 __all__ = ["demo", "generate"]
 
 SHOWN_ANSWERS = 12
+MARKER = "_daskllm_demo"
+"""Lists the files that a demo writes beside it. Readers of Parquet skip names that begin so."""
 
 
 @click.command()
@@ -77,13 +81,14 @@ def generate(
         target = new_directory(output)
         with running_on(scheduler, workers, threads) as client:
             slots = sum(client.nthreads().values()) if client else THREADS_PER_WORKER
-            frame, rows = read_tables(inputs, slots)
+            frame, rows, kinds = read_tables(inputs, slots)
             llm = load(
                 model, revision=revision, dtype=dtype, device=device, kv_memory=kv_memory, client=client
             )
             ask = frame.llm.chat if chat else frame.llm.generate
-            answered = ask(llm, prompt, output=column, system=system, **chosen)
-            seconds = write(answered, target, client, rows)
+            with known_columns():
+                answered = ask(llm, prompt, output=column, system=system, **chosen)
+            seconds = write(answered, target, client, rows, kinds)
         close(summary(target, column, seconds), as_json)
 
 
@@ -94,9 +99,9 @@ def demo(output: str, as_json: bool) -> None:
     """The bundled model answers the bundled table on a local Dask cluster."""
     console = Console(stderr=as_json)
     with failures():
-        target = emptied(Path(output))
         table = bundled.table()
         workers = min(2, cores())
+        target = own_directory(Path(output), 4 * workers)
         with local_cluster(workers, THREADS_PER_WORKER) as client:
             console.print(f"{workers} workers; Dask dashboard: {client.dashboard_link}", highlight=False)
             llm = load(str(bundled.model_path()), client=client)
@@ -108,12 +113,16 @@ def demo(output: str, as_json: bool) -> None:
         close({**summary(target, "generated", seconds), "right": bundled.share_right(answers)}, as_json)
 
 
-def emptied(output: Path) -> Path:
-    """The demo's own directory: what an earlier run left there is removed, anything else is refused."""
-    if output.is_dir():
-        for file in output.glob("part.*.parquet"):
-            file.unlink()
-    return new_directory(str(output))
+def own_directory(output: Path, parts: int) -> Path:
+    """The demo's own directory: what an earlier run says is its own is removed, anything else is refused."""
+    marker = output / MARKER
+    if marker.is_file():
+        for name in marker.read_text().split():
+            (output / Path(name).name).unlink(missing_ok=True)
+        marker.unlink()
+    target = new_directory(str(output))
+    marker.write_text("\n".join(map(part_name, range(parts))))
+    return target
 
 
 def answer_table(answers: pd.DataFrame) -> Table:

@@ -15,6 +15,7 @@ __all__ = ["bench"]
 @loading_options
 @click.option("--work", required=True, type=click.Path(dir_okay=False), help="A JSON list of {prompt, out}.")
 @cluster_options
+@click.option("--stages", type=click.IntRange(1), help="Cut the model's layers over so many of the workers.")
 @json_option
 def bench(
     model: str,
@@ -25,6 +26,7 @@ def bench(
     work: str,
     workers: int | None,
     threads: int | None,
+    stages: int | None,
     as_json: bool,
 ) -> None:
     """Measure loading, speed and memory on a work file."""
@@ -35,6 +37,7 @@ def bench(
             rows,
             workers=workers,
             threads=threads,
+            stages=stages,
             revision=revision,
             dtype=dtype,
             device=device,

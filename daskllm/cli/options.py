@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import click
+from distributed import KilledWorker
+from distributed.client import FutureCancelledError
 
 from daskllm.types import DaskLLMError, SamplingParams
 
@@ -16,6 +18,7 @@ __all__ = [
     "failures",
     "given",
     "json_option",
+    "known_columns",
     "loading_options",
     "model_option",
     "revision_option",
@@ -23,6 +26,9 @@ __all__ = [
 ]
 
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
+
+
+CLUSTER_ERRORS = (KilledWorker, FutureCancelledError)  # a lost connection is an OSError
 
 
 class Failure(click.ClickException):
@@ -39,10 +45,17 @@ def failures() -> Iterator[None]:
     """Turn the errors that are the caller's to mend into one line; a bug keeps its traceback."""
     try:
         yield
+    except (DaskLLMError, ValueError, OverflowError, OSError, *CLUSTER_ERRORS) as error:
+        raise Failure(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+@contextmanager
+def known_columns() -> Iterator[None]:
+    """Around the building of a call, where a KeyError is the name of a column or field that is not there."""
+    try:
+        yield
     except KeyError as error:
-        raise Failure(str(error.args[0]) if error.args else "missing key") from error
-    except (DaskLLMError, ValueError, OSError) as error:
-        raise Failure(" ".join(str(error).split())) from error
+        raise Failure(str(error.args[0])) from error
 
 
 def all_of(*options: Decorator) -> Decorator:

@@ -13,6 +13,7 @@ from typing import Any
 import click
 import dask.dataframe as dd
 import pandas as pd
+import pyarrow as pa
 from distributed import Client, LocalCluster
 from rich.console import Console
 from rich.markup import escape
@@ -26,6 +27,7 @@ __all__ = [
     "close",
     "local_cluster",
     "new_directory",
+    "part_name",
     "running_on",
     "show",
     "summary",
@@ -87,11 +89,35 @@ def progress_bar(rows: int, client: Client | None) -> Iterator[None]:
         bar.update(rows - bar.n)  # the last reports may still be on their way
 
 
-def write(answered: dd.DataFrame, output: Path, client: Client | None, rows: int) -> float:
-    """Compute and write a frame as Parquet, a file per partition; the seconds it took."""
+def part_name(number: int) -> str:
+    """The file of a partition; readers put files in the order of their names, so 10 must come after 9.
+
+    >>> part_name(10)
+    'part.00010.parquet'
+    """
+    return f"part.{number:05}.parquet"
+
+
+def write(
+    answered: dd.DataFrame,
+    output: Path,
+    client: Client | None,
+    rows: int,
+    kinds: Mapping[str, pa.DataType] | None = None,
+) -> float:
+    """Compute and write a frame as Parquet, a file per partition; the seconds it took.
+
+    Args:
+        kinds: what columns of Python objects hold, where that is not text.
+    """
     begun = time.perf_counter()
     task = answered.to_parquet(
-        str(output), write_index=answered.index.name is not None, write_metadata_file=False, compute=False
+        str(output),
+        write_index=answered.index.name is not None,
+        write_metadata_file=False,
+        name_function=part_name,
+        schema=_schema(answered, kinds) if kinds else "infer",
+        compute=False,
     )
     with progress_bar(rows, client):
         if client is None:
@@ -99,6 +125,15 @@ def write(answered: dd.DataFrame, output: Path, client: Client | None, rows: int
         else:
             client.compute(task).result()
     return time.perf_counter() - begun
+
+
+def _schema(frame: dd.DataFrame, kinds: Mapping[str, pa.DataType]) -> pa.Schema:
+    """What Dask infers, but for the columns of those kinds, on which its inference fails."""
+    example, named = frame._meta_nonempty, frame.index.name is not None
+    rest = pa.Schema.from_pandas(example.drop(columns=list(kinds)), preserve_index=named)
+    types = {field.name: field.type for field in rest} | dict(kinds)
+    names = [*example.columns, *([frame.index.name] if named else [])]
+    return pa.schema([(name, types[name]) for name in names])
 
 
 def summary(output: Path, column: str, seconds: float) -> dict[str, Any]:

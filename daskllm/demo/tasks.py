@@ -73,18 +73,19 @@ def held_out(source: str) -> bool:
     return int.from_bytes(digest[:4], "big") % HELD_OUT_SHARE == 0
 
 
-def rows(seed: int, *, of_held_out: bool, only: str | None = None) -> Iterator[Row]:
+def rows(seed: int, *, of_held_out: bool, only: tuple[str, str] | None = None) -> Iterator[Row]:
     """An endless stream of rows from one side of the split, the pairs of `KINDS` in turn.
 
-    `only` names one task. The same seed gives the same rows on every machine. Rows may repeat.
+    `only` names one (task, language). The same seed gives the same rows on every machine. Rows may repeat.
 
     >>> first = next(rows(0, of_held_out=True))
     >>> first.task, first.language, held_out(first.source)
     ('sentiment', 'en', True)
     """
-    kinds = [(kind, make) for kind, make in KINDS.items() if only in (None, kind[0])]
+    kinds = [(kind, make) for kind, make in KINDS.items() if only in (None, kind)]
     if not kinds:
-        raise ValueError(f"only must be one of {', '.join(TASKS)}, not {only!r}")
+        known = ", ".join(map(repr, KINDS))
+        raise ValueError(f"only must be one of {known}, not {only!r}")
     rng = Random(f"{seed}/{of_held_out}/{only}")
     for (task, language), make in cycle(kinds):
         source, prompt, answer = make(rng)

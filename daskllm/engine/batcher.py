@@ -8,10 +8,15 @@ When blocks run out, the sequence that came last gives all of its own back and w
 queue; it keeps its tokens and runs them again as a prompt. A sequence is admitted only while the blocks of
 its whole prompt are free beyond what the running ones need for their next token, so that admission does
 not itself cause the next preemption.
+
+Where a model's layers are spread over several processes, several steps are under way at once. Each takes its
+share of the sequences that are in none; what a step holds, nobody touches until it has landed. So rows even
+out between steps by themselves, and one pool of blocks serves all.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -57,6 +62,7 @@ class Batcher:
         pool: the blocks there are.
         max_sequences: at most so many run together.
         max_tokens: at most so many tokens in one step.
+        flights: at most so many steps under way at once.
 
     Example:
         >>> from daskllm.engine.sequence import Request
@@ -70,6 +76,7 @@ class Batcher:
     pool: BlockPool
     max_sequences: int
     max_tokens: int
+    flights: int = 1
     waiting: deque[SequenceState] = field(default_factory=deque)
     running: list[SequenceState] = field(default_factory=list)
     preemptions: int = 0
@@ -79,11 +86,23 @@ class Batcher:
         self.waiting.append(sequence)
 
     def abort(self, doomed: Callable[[SequenceState], bool]) -> int:
-        """Drop every sequence that ``doomed`` picks, wherever it is; how many there were."""
-        gone = [s for s in (*self.waiting, *self.running) if doomed(s)]
+        """Drop every sequence that ``doomed`` picks, wherever it is; how many there were.
+
+        One whose step is under way keeps its blocks until that has landed.
+        """
+        gone = [s for s in (*self.waiting, *self.running) if doomed(s) and not s.dropped]
         for sequence in gone:
-            self.finish(sequence)
+            sequence.dropped = True
+            if not sequence.flying:
+                self._release(sequence)
+        self.waiting = deque(s for s in self.waiting if not s.dropped)
+        self.running = [s for s in self.running if s.flying or not s.dropped]
         return len(gone)
+
+    def clear(self) -> None:
+        """Drop everything, the steps under way included."""
+        for sequence in (*self.waiting, *self.running):
+            self.finish(sequence)
 
     def finish(self, sequence: SequenceState) -> None:
         """Take a sequence out and free its blocks."""
@@ -112,17 +131,21 @@ class Batcher:
         return parent.blocks[whole], child.blocks[whole]
 
     def schedule(self) -> Step:
-        """Decide the next step, taking the blocks that it writes to."""
+        """Decide the next step, taking the blocks that it writes to; `advance` lands it."""
         chunks: list[ScheduledChunk] = []
         failed: list[tuple[SequenceState, str]] = []
         budget = self.max_tokens
+        share = math.ceil((len(self.running) + len(self.waiting)) / self.flights)
+        idle = [s for s in self.running if not s.flying]
         # Decode rows first: they are one token each and every one of them delays a whole row.
-        for sequence in sorted(self.running, key=lambda s: s.remaining > 1):
-            if sequence not in self.running or budget == 0:  # preempted by one before it, or no room
+        for sequence in sorted(idle, key=lambda s: s.remaining > 1):
+            if budget == 0 or len(chunks) == share:
+                break
+            if sequence not in self.running:  # preempted by one before it
                 continue
             count = min(sequence.remaining, budget)
             if not self._make_room(sequence, count, (chunk.sequence for chunk in chunks)):
-                if len(self.running) == 1:
+                if blocks_for(sequence.computed + count) > self.pool.size:
                     failed.append((sequence, self._too_long(sequence)))
                     self.finish(sequence)
                 else:
@@ -130,14 +153,16 @@ class Batcher:
                 continue
             chunks.append(ScheduledChunk(sequence, count))
             budget -= count
-        while budget and self.waiting and len(self.running) < self.max_sequences:
+        while budget and len(chunks) < share and self.waiting and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
-            need = blocks_for(len(sequence.tokens) + 1)
+            need = blocks_for(len(sequence.tokens))
             if need > self.pool.size:
                 self.waiting.popleft()
                 failed.append((sequence, self._too_long(sequence)))
                 continue
-            if need > self.pool.free - self._growth():
+            # Room for its own next token as well, unless it is alone and may never need any.
+            more = blocks_for(len(sequence.tokens) + 1) - need if self.running else 0
+            if need + more > self.pool.free - self._growth():
                 break
             self.waiting.popleft()
             self.running.append(sequence)
@@ -145,12 +170,17 @@ class Batcher:
             self._grow(sequence, len(sequence.tokens))
             chunks.append(ScheduledChunk(sequence, min(sequence.remaining, budget)))
             budget -= chunks[-1].count
+        for chunk in chunks:
+            chunk.sequence.flying = True
         return Step(tuple(chunks), tuple(failed))
 
     def advance(self, step: Step) -> None:
-        """Note that a step has run."""
+        """Note that a step has run; those that were dropped meanwhile go."""
         for chunk in step.chunks:
             chunk.sequence.computed += chunk.count
+            chunk.sequence.flying = False
+            if chunk.sequence.dropped:
+                self.finish(chunk.sequence)
 
     def _growth(self) -> int:
         """Blocks that the running sequences may take for their next token."""
@@ -162,7 +192,7 @@ class Batcher:
         if need > self.pool.free:
             kept = set(map(id, scheduled)) | {id(sequence)}
             for victim in reversed(self.running[self.running.index(sequence) + 1 :]):
-                if id(victim) not in kept:
+                if id(victim) not in kept and not victim.flying:
                     self._preempt(victim)
                 if need <= self.pool.free:
                     break

@@ -3,6 +3,9 @@
 A thread of the engine's own runs step after step while there is work: schedule, run, choose, hand out. All
 callers' rows share its batch, so that it does not drain when one caller's rows come to an end. It knows
 token ids only.
+
+Where the first layers are elsewhere, a step goes to them first and the engine runs the last ones when it
+lands; meanwhile others are under way. How a step travels is not its business.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -19,6 +23,7 @@ from daskllm.engine.batch import Batch, Chunk
 from daskllm.engine.batcher import Batcher, ScheduledChunk, Step
 from daskllm.engine.runner import Runner
 from daskllm.engine.sequence import Request, Sample, SequenceState
+from daskllm.engine.stage import Flight
 from daskllm.metrics import EngineMetrics, StepRecord
 
 __all__ = ["Engine", "EngineClosedError", "Ticket"]
@@ -38,8 +43,8 @@ class Ticket:
         failure: the exception that stopped the engine's step, where one did.
     """
 
-    def __init__(self, request: Request, number: int) -> None:
-        self.request, self.number = request, number
+    def __init__(self, request: Request) -> None:
+        self.request = request
         self.samples: list[Sample | None] = [None] * request.params.n
         self.failure: BaseException | None = None
 
@@ -49,36 +54,59 @@ class Ticket:
         return self.failure is not None or all(sample is not None for sample in self.samples)
 
 
+@dataclass(slots=True)
+class _Under:
+    """A step under way, and the seconds that it took here so far."""
+
+    step: Step
+    flight: Flight
+    seconds: float = 0.0
+
+
 class Engine:
     """Continuous batching over a runner.
 
     Args:
-        runner: a runner with all layers.
+        runner: a runner with all layers, or with the last ones.
         batcher: the state machine, with its blocks.
         context: a sample ends with "length" when prompt and output reach it.
         threads: OpenMP threads of a step.
+        depart: sends a step through the layers before the runner's, without waiting; what comes of it is
+            given to `land`. None where the runner has all layers.
     """
 
-    def __init__(self, runner: Runner, batcher: Batcher, context: int, threads: int) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        batcher: Batcher,
+        context: int,
+        threads: int,
+        depart: Callable[[Flight], None] | None = None,
+    ) -> None:
         self.runner, self.batcher, self.context = runner, batcher, context
         self.metrics = EngineMetrics()
         self._threads = threads
         self._changed = threading.Condition()
+        self._depart = depart
         self._tickets: dict[Request, Ticket] = {}
         self._arrived: list[Ticket] = []
-        self._dropped: set[int] = set()
+        self._dropped: set[Request] = set()
         self._copies: list[tuple[int, int]] = []
+        self._under: dict[int, _Under] = {}
+        self._landed: list[tuple[int, torch.Tensor | BaseException]] = []
+        self._departed = 0
+        self._stuck = False
         self._thread: threading.Thread | None = None
-        self._closed = False
+        self._end: BaseException | None = None
 
     # --- callers' side ------------------------------------------------------------------------------
 
     def submit(self, requests: Sequence[Request]) -> list[Ticket]:
         """Queue requests; they begin in the next step."""
         with self._changed:
-            if self._closed:
-                raise EngineClosedError("the model was closed")
-            tickets = [Ticket(request, i) for i, request in enumerate(requests)]
+            if self._end is not None:
+                raise self._end
+            tickets = [Ticket(request) for request in requests]
             self._arrived += tickets
             if self._thread is None:
                 self._thread = threading.Thread(target=self._loop, name="daskllm-engine", daemon=True)
@@ -88,26 +116,51 @@ class Engine:
 
     def wait(self, tickets: Sequence[Ticket], timeout: float | None = None) -> list[Ticket]:
         """Those that are done, once all are or the time is up; raises what broke the engine, if it broke."""
-        with self._changed:
-            self._changed.wait_for(lambda: all(t.done for t in tickets), timeout)
+        left = list(tickets)
+
+        def over() -> bool:
+            # From the end, and never twice past one that is done: a long table is not scanned every step.
+            while left and left[-1].done:
+                left.pop()
+            return not left
+
+        self.wait_until(over, timeout)
         for ticket in tickets:
             if ticket.failure is not None:
                 raise ticket.failure
         return [t for t in tickets if t.done]
 
+    def wait_until(self, predicate: Callable[[], bool], timeout: float | None = None) -> bool:
+        """Wait for something that a step may bring about; whether it came before the time was up."""
+        with self._changed:
+            return self._changed.wait_for(predicate, timeout)
+
     def abort(self, tickets: Sequence[Ticket]) -> None:
         """Stop decoding these and free their blocks before the next step."""
         with self._changed:
-            self._dropped.update(id(t.request) for t in tickets if not t.done)
+            self._dropped.update(t.request for t in tickets if not t.done)
             self._changed.notify_all()
 
     def close(self) -> None:
         """Stop the thread after the step it is in; rows still waiting fail with `EngineClosedError`."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        self.stop(EngineClosedError("the model was closed"))
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
+
+    def stop(self, why: BaseException) -> None:
+        """End with ``why`` for all who wait and all who come, without waiting for the thread."""
+        with self._changed:
+            self._end = self._end or why
+            self._changed.notify_all()
+
+    def land(self, number: int, hidden: torch.Tensor | BaseException) -> None:
+        """Give a departed step's residual stream, or what went wrong with it, to the engine's thread.
+
+        A number that the engine does not wait for, or no longer, is left out.
+        """
+        with self._changed:
+            self._landed.append((number, hidden))
+            self._changed.notify_all()
 
     # --- the loop -----------------------------------------------------------------------------------
 
@@ -116,73 +169,112 @@ class Engine:
         while True:
             with self._changed:
                 self._changed.wait_for(
-                    lambda: self._closed or self._arrived or self._dropped or self._tickets
+                    lambda: self._end or self._arrived or self._dropped or self._landed or self._can_begin()
                 )
-                if self._closed:
-                    self._fail(EngineClosedError("the model was closed"))
+                if self._end is not None:
+                    self._fail(self._end)
                     return
-                self._take_changes()
             try:
-                self._step()
+                with self._changed:
+                    self._take_changes()
+                    landed, self._landed = self._landed, []
+                self._turn(landed)
             except Exception as error:  # whatever broke, every waiting caller must hear of it
                 logger.exception("a step of the engine failed")
                 with self._changed:
                     self._fail(error)
 
+    def _can_begin(self) -> bool:
+        """Whether a step might be found; none was, and nothing changed since, where `_stuck`."""
+        return bool(self._tickets) and len(self._under) < self.batcher.flights and not self._stuck
+
     def _take_changes(self) -> None:
+        self._stuck = False
         for ticket in self._arrived:
             self._tickets[ticket.request] = ticket
             self.batcher.add(SequenceState.of(ticket.request, 0))
         self._arrived.clear()
         if self._dropped:
             dropped = self._dropped
-            self.metrics.aborted += self.batcher.abort(lambda s: id(s.request) in dropped)
-            self._tickets = {r: t for r, t in self._tickets.items() if id(r) not in dropped}
+            self.metrics.aborted += self.batcher.abort(lambda s: s.request in dropped)
+            self._tickets = {r: t for r, t in self._tickets.items() if r not in dropped}
             self._dropped = set()
 
     def _fail(self, error: BaseException) -> None:
         for ticket in (*self._tickets.values(), *self._arrived):
             ticket.failure = error
-        self.batcher.abort(lambda _: True)
+        self.batcher.clear()
+        self._under.clear()
         self._tickets.clear()
         self._arrived.clear()
         self._copies.clear()
         self._changed.notify_all()
 
-    def _step(self) -> None:
+    def _turn(self, landed: Sequence[tuple[int, torch.Tensor | BaseException]]) -> None:
+        for number, hidden in landed:
+            under = self._under.get(number)
+            if under is None:  # of rows that have failed meanwhile
+                continue
+            if isinstance(hidden, BaseException):
+                raise hidden
+            self._finish_step(self._under.pop(number), hidden)
+        if self._can_begin():
+            self._begin_step()
+        with self._changed:
+            self._changed.notify_all()
+
+    def _begin_step(self) -> None:
         began = time.monotonic()
         step = self.batcher.schedule()
         for sequence, why in step.failed:
             self._finish(sequence, sequence.finished("error", why))
-        if step.chunks:
-            self._record(step, began, self._run(step))
-        with self._changed:
-            self._changed.notify_all()
-
-    def _run(self, step: Step) -> int:
-        """Run a step and deal with what it gave; how many callers had rows in it."""
-        self.runner.cache.copy(self._copies)
-        self._copies.clear()
+        if not step.chunks:
+            self._stuck = bool(self._under)
+            return
         batch = Batch.of([_chunk(c) for c in step.chunks], self.runner.device)
-        logits = self.runner.run(batch)
+        under = _Under(step, Flight(self._departed, batch, tuple(self._copies)))
+        self._copies.clear()
+        self._departed += 1
+        if self._depart is None:
+            self._finish_step(under, None, began)
+            return
+        self._under[under.flight.number] = under
+        self._depart(under.flight)
+        under.seconds = time.monotonic() - began
+
+    def _finish_step(self, under: _Under, hidden: torch.Tensor | None, began: float | None = None) -> None:
+        began = time.monotonic() if began is None else began
+        flight = under.flight
+        self.runner.cache.copy(flight.copies)
+        logits = self.runner.run(flight.batch) if hidden is None else self.runner.run(flight.batch, hidden)
+        decode = sum(c.count == 1 and c.sequence.produced > 0 for c in under.step.chunks)
+        callers = self._deal(under.step, logits)
+        self._record(under.step, decode, under.seconds + time.monotonic() - began, callers)
+
+    def _deal(self, step: Step, logits: torch.Tensor) -> int:
+        """Choose tokens and hand them out; how many callers had rows in the step."""
         callers = {c.sequence.request.caller for c in step.chunks}
         choosing: list[SequenceState] = []
         rows: list[int] = []
         row = 0
         for chunk in step.chunks:
             sequence = chunk.sequence
-            if sequence.request.score:
+            if sequence.dropped:
+                row += _wanted(chunk)
+            elif sequence.request.score:
                 row = self._score(chunk, logits, row)
             elif chunk.completes:
                 family = self._samples_of(sequence)
                 choosing += family
                 rows += [row] * len(family)
                 row += 1
-        finished_prompts = [c for c in step.chunks if c.completes]
+        finished_prompts = [c for c in step.chunks if c.completes and not c.sequence.dropped]
         self.batcher.advance(step)
         if choosing:
-            tokens = sampler.choose(logits if len(rows) == logits.shape[0] else logits[rows], choosing)
-            for sequence, token in zip(choosing, tokens, strict=True):
+            as_they_are = rows == list(range(logits.shape[0]))
+            tokens = sampler.choose(logits if as_they_are else logits[rows], choosing)
+            # Siblings before their parent: it may end with its first token, and they start on its blocks.
+            for sequence, token in zip(reversed(choosing), reversed(tokens), strict=True):
                 self._extend(sequence, token)
         for chunk in finished_prompts:
             if chunk.sequence.request.score and not chunk.sequence.remaining:
@@ -240,14 +332,12 @@ class Engine:
         if ticket.done:
             del self._tickets[sequence.request]
 
-    def _record(self, step: Step, began: float, callers: int) -> None:
-        now = time.monotonic()
-        decode = sum(c.count == 1 and c.sequence.produced > 0 for c in step.chunks)
+    def _record(self, step: Step, decode: int, seconds: float, callers: int) -> None:
         self.metrics.preemptions = self.batcher.preemptions
         self.metrics.record(
             StepRecord(
-                time=now,
-                seconds=now - began,
+                time=time.monotonic(),
+                seconds=seconds,
                 prefill_tokens=sum(c.count for c in step.chunks) - decode,
                 decode_tokens=decode,
                 running=len(step.chunks),
@@ -261,5 +351,9 @@ class Engine:
 def _chunk(scheduled: ScheduledChunk) -> Chunk:
     sequence = scheduled.sequence
     start, end = sequence.computed, sequence.computed + scheduled.count
-    wanted = scheduled.count if sequence.request.score else int(scheduled.completes)
-    return Chunk(sequence.tokens[start:end], start, sequence.blocks, wanted)
+    return Chunk(sequence.tokens[start:end], start, sequence.blocks, _wanted(scheduled))
+
+
+def _wanted(scheduled: ScheduledChunk) -> int:
+    """How many of the chunk's rows want logits."""
+    return scheduled.count if scheduled.sequence.request.score else int(scheduled.completes)

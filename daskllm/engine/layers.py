@@ -6,6 +6,7 @@ knows blocks and kernels; it refuses to know how layers are run and who asks.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,8 @@ class Head:
 
 Layer = Embedding | DecoderLayer | Head
 
+_numbers = itertools.count()
+
 
 class ResidentModel:
     """One model's layers in this process, each loaded and packed when it is first asked for.
@@ -84,8 +87,10 @@ class ResidentModel:
         self.checkpoint, self.config, self.device, self.dtype = checkpoint, config, device, dtype
         self.kernels = kernels.select(device, array.DTYPES[dtype])
         self.angles = Angles(config, device)
-        self._model = f"{checkpoint.identity}/{dtype}/{device}"
+        # The same files may be open twice, with other settings: each has blocks of its own.
+        self._model = f"{checkpoint.identity}/{dtype}/{device}/{next(_numbers)}"
         self._layers: dict[str, Layer] = {}
+        self._sizes: dict[str, int] = {}
         self._lock = threading.Lock()
 
     @classmethod
@@ -117,18 +122,19 @@ class ResidentModel:
                 try:
                     self._layers[name] = self._prepare(name)
                 except BaseException:
+                    self._layers.clear()
                     STORE.drop(self._model)
                     raise
             return self._layers[name]
-
-    def layers(self) -> list[Layer]:
-        """All of them, in the order in which a token passes them."""
-        return [self.layer(name) for name in layer_names(self.config)]
 
     @property
     def held(self) -> tuple[str, ...]:
         """Names of the layers that are loaded."""
         return tuple(name for name in layer_names(self.config) if name in self._layers)
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of the weights of each layer that is held; a tied head's count where it is."""
+        return {name: self._sizes[name] for name in self.held}
 
     def close(self) -> None:
         """Let all layers and files go."""
@@ -152,6 +158,8 @@ class ResidentModel:
 
     def _prepare(self, name: str) -> Layer:
         self._load(name)
+        # Packing lets blocks go, and what it makes of them is of their size.
+        self._sizes[name] = STORE.nbytes(self._model, name)
         if name == "embed":
             return Embedding(self._block(name, "tokens.weight"), self._optional(name, "positions.weight"))
         if name == "head":
@@ -182,8 +190,7 @@ class ResidentModel:
         weights = [self._block(layer, f"{name}.weight") for name in names]
         biases = [b for name in names if (b := self._optional(layer, f"{name}.bias")) is not None]
         packed = self.kernels.pack(weights, biases or None)
-        # A tied head's block is still the embedding's.
-        if self.kernels.PACKS and not (layer == "head" and self.config.tied):
+        if self.kernels.PACKS:
             release_packed(self._model, layer, names=[f"{name}.weight" for name in names])
         return packed
 

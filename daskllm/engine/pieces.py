@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from daskllm.engine.batch import Batch, Chunk
 from daskllm.engine.kernels import reference
 from daskllm.engine.kvcache import KVCache, blocks_for
-from daskllm.engine.layers import DecoderLayer, Head, Norm, ResidentModel
+from daskllm.engine.layers import DecoderLayer, ResidentModel
 from daskllm.engine.runner import Runner
 
 __all__ = ["Array", "Past", "run_layer", "run_piece"]
@@ -112,11 +112,11 @@ def run_piece(model: ResidentModel, kind: str, attributes: Mapping[str, Any], *g
 
 
 def _norm(model: ResidentModel, attributes: Mapping[str, Any], hidden: Array) -> Array:
-    name = attributes["blocks"][0].removesuffix(".weight")
-    layer = model.layer(attributes["layer"])
-    norm: Norm = layer.norm if isinstance(layer, Head) else getattr(layer, name)
     config = model.config
-    x = model.kernels.add_norm(None, _in(model, hidden), norm.weight, norm.bias, config.norm_eps, config.norm)
+    weight, *bias = (model.block(attributes["layer"], name) for name in attributes["blocks"])
+    x = model.kernels.add_norm(
+        None, _in(model, hidden), weight, bias[0] if bias else None, config.norm_eps, config.norm
+    )
     return _out(x)
 
 

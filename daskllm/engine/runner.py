@@ -98,5 +98,7 @@ class Runner:
         if not rows.numel():
             return torch.empty((0, self.config.vocab_size))
         x = self._normed(None if delta is None else delta[rows], hidden[rows], self._head.norm)
-        parts = [self.kernels.linear(part, self._head.lm_head).float() for part in x.split(_LOGIT_ROWS)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        logits = torch.empty((len(x), self.config.vocab_size), device=x.device)
+        for part, out in zip(x.split(_LOGIT_ROWS), logits.split(_LOGIT_ROWS), strict=True):
+            out.copy_(self.kernels.linear(part, self._head.lm_head))
+        return logits

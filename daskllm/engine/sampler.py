@@ -17,6 +17,8 @@ from daskllm.types import SamplingParams, TokenLogprob
 
 __all__ = ["choose", "token_scores"]
 
+_SCORED_ROWS = 64  # at a time: float64 copies of wide rows
+
 
 def choose(logits: torch.Tensor, sequences: Sequence[SequenceState]) -> list[int]:
     """The next token of every sequence; its log-probability is noted on the sequence where asked for.
@@ -43,9 +45,11 @@ def choose(logits: torch.Tensor, sequences: Sequence[SequenceState]) -> list[int
 
 def token_scores(logits: torch.Tensor, targets: Sequence[int]) -> list[float]:
     """log p(target) of each row; logits float32 ``[rows, vocab]``, float64 sums."""
-    rows = logits.double()
-    picked = rows.gather(1, torch.tensor(targets, device=logits.device)[:, None])[:, 0]
-    scores: list[float] = (picked - rows.logsumexp(-1)).tolist()
+    scores: list[float] = []
+    wanted = torch.tensor(targets, device=logits.device)[:, None]
+    for part, ids in zip(logits.split(_SCORED_ROWS), wanted.split(_SCORED_ROWS), strict=True):
+        rows = part.double()
+        scores += (rows.gather(1, ids)[:, 0] - rows.logsumexp(-1)).tolist()
     return scores
 
 

@@ -77,6 +77,8 @@ class SequenceState:
         computed: how many of them have their keys and values in the cache.
         blocks: its block table.
         counts: how often each id stands in the output, for the penalties.
+        flying: whether a step that it is in is under way.
+        dropped: nobody waits for it any more; it goes when its step has landed.
     """
 
     request: Request
@@ -88,6 +90,8 @@ class SequenceState:
     scores: list[float] = field(default_factory=list)
     counts: Counter[int] = field(default_factory=Counter)
     generator: np.random.Generator | None = None
+    flying: bool = False
+    dropped: bool = False
 
     @classmethod
     def of(cls, request: Request, sample: int) -> SequenceState:

@@ -6,6 +6,7 @@ It refuses to know how a Dask expression is optimised and what runs in a task.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import dask.dataframe as dd
@@ -58,6 +59,7 @@ def ask_series(series: Any, llm: Handle, kind: Kind, output: str, sampling: Mapp
     # Within the call the one column has a name of its own, which no output can clash with.
     table = series.to_frame(name="prompt text")
     call = call_over(table.columns, llm, kind, "prompt text", output=output, sampling=sampling)
+    call = replace(call, template=None)  # its cells are prompts, as a list's items are: token ids too
     return ask_table(table, llm, call)[list(names(call))]
 
 

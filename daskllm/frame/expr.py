@@ -32,6 +32,7 @@ from dask.dataframe.dask_expr._expr import (
 
 from daskllm.runtime.call import Call
 from daskllm.runtime.columns import labels_of, names
+from daskllm.runtime.local import protect
 from daskllm.runtime.tasks import PLACE, answer_table, number_rows
 
 __all__ = ["Answered", "Numbered", "answered"]
@@ -106,6 +107,10 @@ class Answered(Elemwise):  # type: ignore[misc]
 
     def __str__(self) -> str:
         return f"{self.call.kind}({self.frame})"
+
+    def _task(self, name: Any, index: int) -> Task:
+        protect()  # the graph of a run is made just before it begins
+        return super()._task(name, index)
 
     @functools.cached_property
     def _added(self) -> list[Hashable]:

@@ -16,6 +16,9 @@ With ``n > 1`` a row has n samples: the text, the finish reason and the log-prob
 entry per sample (dtype object); the completion tokens are summed over them, the prompt's tokens counted once
 (the samples share one prefill). A score has ``{output}`` (float64, NaN on failure), ``{output}_tokens``
 (int64) and ``{output}_error`` (str).
+
+Dask's ``to_parquet`` guesses that a column of dtype object is text: with ``n > 1`` or ``logprobs=`` give it
+``schema=None``, or a whole `pyarrow.Schema`.
 """
 
 from __future__ import annotations

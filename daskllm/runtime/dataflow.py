@@ -16,7 +16,7 @@ from dask.base import tokenize
 from dask.delayed import Delayed, delayed
 
 from daskllm.graph import LayerGraph, Node
-from daskllm.runtime.process import model_for
+from daskllm.runtime.resident import model_for
 
 if TYPE_CHECKING:
     from daskllm.engine.pieces import Array, Past

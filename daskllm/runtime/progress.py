@@ -64,6 +64,7 @@ class _Subscribers:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._sending = threading.RLock()  # a callback may answer rows itself
         self._callbacks: tuple[Callback, ...] = ()
 
     def add(self, callback: Callback) -> bool:
@@ -81,8 +82,9 @@ class _Subscribers:
             return not rest
 
     def send(self, increment: Increment) -> None:
-        for callback in self._callbacks:
-            callback(increment)
+        with self._sending:
+            for callback in self._callbacks:
+                callback(increment)
 
 
 _here = _Subscribers()

@@ -118,9 +118,11 @@ def _watched(call: Call) -> Iterator[_Run]:
     try:
         yield _Run(session, report, cancelled)
     finally:
-        report.flush()
-        if task is not None:
-            task.done()
+        try:
+            report.flush()
+        finally:
+            if task is not None:
+                task.done()
 
 
 def _take_places(table: pd.DataFrame) -> tuple[pd.DataFrame, list[Place]]:

@@ -8,9 +8,13 @@ outside the pool: at most two are in flight, and the rest of the queue stays whe
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 import threading
 from typing import TYPE_CHECKING, Any
+
+import dask.config
+from dask.system import CPU_COUNT
 
 from daskllm import machine
 
@@ -41,12 +45,20 @@ def current_task() -> WorkerTask | None:
 
 
 def announce_share() -> None:
-    """Tell `machine` this worker process's share; does nothing outside a worker's task."""
+    """Tell `machine` the share of a worker's process, or of a child of Dask's ``processes`` scheduler."""
     worker = current_worker()
     if worker is not None:
         from distributed.utils import sync
 
         set_share(worker, sync(worker.loop, worker.scheduler.identity))
+    elif multiprocessing.parent_process() is not None and not _is_worker_process():
+        # How many there are is in the parent alone; this is how many it starts unless told otherwise.
+        machine.set_share(dask.config.get("num_workers", None) or CPU_COUNT)
+
+
+def _is_worker_process() -> bool:
+    module = sys.modules.get("distributed.worker")
+    return module is not None and len(module.Worker._instances) > 0
 
 
 def set_share(worker: Worker, cluster: dict[str, Any]) -> None:

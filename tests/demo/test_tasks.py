@@ -32,8 +32,8 @@ def test_the_same_seed_gives_the_same_rows() -> None:
 
 
 def test_rows_are_the_same_on_every_machine() -> None:
-    first = next(tasks.rows(0, of_held_out=True, only="addition"))
-    assert first == tasks.Row("addition", "en", "595+978", "Calculate 595 + 978.", "1573")
+    first = next(tasks.rows(0, of_held_out=True, only=("addition", "en")))
+    assert first == tasks.Row("addition", "en", "33+684", "What is 684 plus 33?", "717")
 
 
 def test_no_held_out_source_or_prompt_occurs_in_training(
@@ -68,10 +68,11 @@ def test_every_task_and_language_is_there_alike(held_out: list[tasks.Row]) -> No
     assert min(counts.values()) > 0.7 * max(counts.values())
 
 
-def test_only_one_task_when_asked() -> None:
-    assert {row.task for row in islice(tasks.rows(0, of_held_out=True, only="date"), 20)} == {"date"}
-    with pytest.raises(ValueError, match="only must be one of sentiment, .*'dates'"):
-        next(tasks.rows(0, of_held_out=True, only="dates"))
+def test_only_one_kind_when_asked() -> None:
+    some = islice(tasks.rows(0, of_held_out=True, only=("date", "zh")), 20)
+    assert {(row.task, row.language) for row in some} == {("date", "zh")}
+    with pytest.raises(ValueError, match=r"only must be one of \('sentiment', 'en'\), .*\('dates', 'zh'\)"):
+        next(tasks.rows(0, of_held_out=True, only=("dates", "zh")))
 
 
 def test_a_prompt_has_one_answer(training: list[tasks.Row], held_out: list[tasks.Row]) -> None:

@@ -149,3 +149,47 @@ def test_closing_fails_who_waits(engine: Engine) -> None:
         engine.wait(tickets, 20)
     with pytest.raises(EngineClosedError):
         engine.submit([ask(1, 1)])
+
+
+def test_samples_beside_a_scored_prompt(engine: Engine) -> None:
+    runner: Any = engine.runner
+    runner.gate.clear()
+    scored = engine.submit([Request([30, 31, 32], SamplingParams(max_tokens=1), score=True)])
+    samples = engine.submit([Request([5], SamplingParams(max_tokens=1, n=4, temperature=1e-3))])
+    runner.gate.set()
+    engine.wait([*scored, *samples], 20)
+    assert [s.token_ids for s in samples[0].samples if s] == [(6,)] * 4
+    assert [len(s.scores or ()) for s in scored[0].samples if s] == [2]
+
+
+def test_samples_share_one_prefill_though_the_first_ends_at_once(engine: Engine) -> None:
+    def first_sample(sample: int, output: Sequence[int]) -> bool:
+        return sample == 0
+
+    runner: Any = engine.runner
+    params = SamplingParams(max_tokens=4, n=3, temperature=1e-3)
+    tickets = engine.submit([Request([5] * 40, params, on_token=first_sample)])
+    engine.wait(tickets, 20)
+    assert [len(s.token_ids) for s in tickets[0].samples if s] == [1, 4, 4]
+    assert sum(int((b.positions == 0).sum()) for b in runner.steps) == 1
+    assert engine.batcher.pool.used == 0
+
+
+def test_a_request_that_cannot_begin_fails_alone_in_its_round(engine: Engine) -> None:
+    broken = Request([5], SamplingParams(max_tokens=2, temperature=1.0), stream_key=(2**300, ()))
+    tickets = engine.submit([broken])
+    with pytest.raises(OverflowError):
+        engine.wait(tickets, 20)
+    assert answers(engine, [ask(5, 1)]) == [((6,), "length")]
+
+
+def test_a_sequence_may_fill_the_cache_to_its_last_slot() -> None:
+    runner: Any = Counting()
+    small = Engine(runner, Batcher(BlockPool(2), 4, 128), context=200, threads=1)
+    try:
+        full = Request([5] * 64, SamplingParams(max_tokens=1))
+        assert answers(small, [full]) == [((6,), "length")]
+        long = Request([5] * 65, SamplingParams(max_tokens=1))
+        assert answers(small, [long]) == [((), "error")]
+    finally:
+        small.close()

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import dask.dataframe as dd
 import pandas as pd
 import pytest
 from distributed import Client
 
+from daskllm.runtime import worker
 from daskllm.runtime.progress import Increment, Reporter, follow
 from tests.fake_session import Counts, FakeLLM
 
@@ -36,6 +41,43 @@ def test_increments_between_two_events_are_put_together() -> None:
         report.flush()
     assert total(heard) == (1000, 3000, 0)
     assert len(heard) < 10
+
+
+def test_a_callback_is_called_one_at_a_time() -> None:
+    inside, most = 0, 0
+
+    def callback(increment: Increment) -> None:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.001)  # others get the interpreter
+        inside -= 1
+
+    def report_rows(_: int) -> None:
+        report = Reporter(None)
+        report(Counts(1, 1, 1, 0))
+        report.flush()
+
+    with follow(None, callback), ThreadPoolExecutor(8) as pool:
+        list(pool.map(report_rows, range(40)))
+    assert most == 1
+
+
+@pytest.mark.cluster
+def test_a_task_is_done_though_its_last_report_fails(
+    fake: FakeLLM, one_thread: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Reporter, "flush", _failing)
+    monkeypatch.setattr(worker.WorkerTask, "done", lambda task: done.append(task.key))
+    done: list[Any] = []
+    future = one_thread.compute(dd.from_pandas(TABLE, npartitions=1).llm.generate(fake, "text"))
+    with pytest.raises(OSError, match="no way out"):
+        future.result(timeout=30)
+    assert len(done) == 1
+
+
+def _failing(report: Reporter) -> None:
+    raise OSError("no way out")
 
 
 @pytest.mark.cluster

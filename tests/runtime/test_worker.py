@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
+import dask.bag as db
 import dask.dataframe as dd
 import pandas as pd
 import pytest
-from distributed import Client
+from distributed import Client, LocalCluster
 
 from daskllm import machine
-from daskllm.runtime.process import open_session_on
+from daskllm.llm import load
+from daskllm.runtime.process import open_session_on, session_for
 from daskllm.runtime.worker import current_task, current_worker
 from tests.fake_session import FakeLLM
+from tests.tiny import make_model
 
 pytestmark = pytest.mark.cluster
 
@@ -106,8 +108,59 @@ def test_rows_over_a_client_are_cancelled_with_their_call(gated: FakeLLM, one_th
     assert session.interrupted.wait(30)
 
 
+def test_children_of_the_processes_scheduler_share_the_machine(
+    fake: FakeLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DASK_NUM_WORKERS", "1000")  # the configuration that a child starts with
+    bag = db.from_sequence([fake.spec], npartitions=1).map(_processes_here)
+    assert bag.compute(scheduler="processes", num_workers=1) == [1000]
+
+
+def _processes_here(spec: Any) -> int:
+    session_for(spec)
+    return machine._share.processes
+
+
+def test_a_worker_that_joins_late_answers(fake: FakeLLM) -> None:
+    with (
+        LocalCluster(
+            n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0"
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        client.run(open_session_on, fake.spec)
+        (first,) = client.nthreads()
+        cluster.scale(2)
+        client.wait_for_workers(2, timeout=30)
+        (late,) = set(client.nthreads()) - {first}
+        out = client.compute(frame(1).llm.generate(fake, "text"), workers=[late])
+        assert list(out.result(timeout=30)["generated"]) == ["<part 0>"]
+        assert [list(holders) for holders in client.who_has(out).values()] == [[late]]
+
+
+def test_a_cancelled_future_gives_its_kv_memory_back(tmp_path: Path, one_thread: Client) -> None:
+    path = make_model("llama-gqa", tmp_path / "model")
+    llm = load(path, client=one_thread, kv_memory="1 MiB")
+    try:
+        engine = llm.session().engine  # the worker is in this process
+        pool = engine.batcher.pool
+        # Prompts beyond what the engine can hold at once, so that they are still running when cancelled.
+        table = pd.DataFrame({"text": [f"row {i}" for i in range(5000)]})
+        future = one_thread.compute(
+            dd.from_pandas(table, npartitions=1).llm.generate(llm, "text", max_tokens=200, ignore_eos=True)
+        )
+        wait_until(one_thread, lambda: pool.used > 0)
+        future.cancel()
+        wait_until(one_thread, lambda: pool.used == 0)
+        assert not engine._tickets
+        assert engine.metrics.aborted > 0
+        assert llm.generate("row", max_tokens=3, ignore_eos=True).completion_tokens == 3
+    finally:
+        llm.close()
+
+
 def test_worker_processes_share_the_cores(fake: FakeLLM, two_processes: Client) -> None:
     two_processes.run(open_session_on, fake.spec)
     cores = two_processes.run(machine.cores)
     assert len(cores) == 2
-    assert set(cores.values()) == {max(1, len(os.sched_getaffinity(0)) // 2)}
+    assert set(cores.values()) == {max(1, machine.cores() // 2)}
