@@ -50,6 +50,7 @@ class FakeSpec:
     path: str = "fake"
     dtype: str = "none"
     device: str = "none"
+    stages: tuple[()] = ()
 
 
 class FakeTokenizer:

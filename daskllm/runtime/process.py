@@ -87,7 +87,7 @@ async def open_session_on(spec: ModelSpec, dask_worker: Worker) -> None:
 
     The worker of the last of its stages opens them all.
     """
-    if getattr(spec, "stages", ()):
+    if spec.stages:
         from daskllm.runtime.stages import host_of
 
         await host_of(dask_worker).open(spec)
@@ -98,7 +98,7 @@ async def open_session_on(spec: ModelSpec, dask_worker: Worker) -> None:
 
 async def close_session_on(spec: ModelSpec, dask_worker: Worker) -> None:
     """Close ``spec`` on a worker, for `Client.run`."""
-    if getattr(spec, "stages", ()):
+    if spec.stages:
         from daskllm.runtime.stages import host_of
 
         await host_of(dask_worker).release(spec)
