@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
+from collections import defaultdict
 from collections.abc import Awaitable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -77,7 +78,8 @@ class StageHost:
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
         self._parts: dict[ModelSpec, _Part] = {}
-        self._lock = asyncio.Lock()
+        # One for each model: two workers may each have the engine of one and a stage of the other.
+        self._locks: defaultdict[ModelSpec, asyncio.Lock] = defaultdict(asyncio.Lock)
         calls = Calls(self.open)
         handlers = (self.ping, self.hold, self.start, self.step, self.fault, self.watch, self.end)
         for handler in (*handlers, calls.ask, calls.poll, calls.drop):
@@ -92,7 +94,7 @@ class StageHost:
             ModelError: a stage cannot be loaded; nothing of any stays.
             StageLostError: a stage's worker is gone.
         """
-        async with self._lock:
+        async with self._locks[spec]:
             part = self._parts.get(spec)
             if part is None or part.session is None:
                 part = await self._open(spec)
@@ -138,6 +140,7 @@ class StageHost:
         if part.over.is_set():
             return
         logger.info("a run of %s ends: %s", part.spec.path, error)
+        part.why = str(error)
         if part.session is not None:
             part.session.engine.stop(error)
             await asyncio.gather(*self._tell(part, "end"), return_exceptions=True)
@@ -150,7 +153,7 @@ class StageHost:
 
     async def hold(self, spec: ModelSpec, number: int, run: str) -> tuple[int, str]:
         """Load a stage's layers; the KV blocks there is room for, and the type that it computes in."""
-        async with self._lock:
+        async with self._locks[spec]:
             if (older := self._parts.get(spec)) is not None:
                 await self._drop(older)
             set_share(self.worker, await self.worker.scheduler.identity())
@@ -192,17 +195,18 @@ class StageHost:
             part = self._part(run)
             await part.over.wait()
             return part.why
-        return CLOSED
+        return "it has no stage of this run"
 
     async def end(self, run: str) -> None:
         """Let this worker's stage of a run go."""
-        async with self._lock:
-            with suppress(StageLostError):
-                await self._drop(self._part(run))
+        with suppress(StageLostError):
+            part = self._part(run)
+            async with self._locks[part.spec]:
+                await self._drop(part)
 
     async def release(self, spec: ModelSpec) -> None:
         """Let this worker's stage of a model go, whatever its run."""
-        async with self._lock:
+        async with self._locks[spec]:
             if spec in self._parts:
                 await self._drop(self._parts[spec])
 
