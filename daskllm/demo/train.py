@@ -2,7 +2,15 @@
 
 ``python -m daskllm.demo.train --out daskllm/demo/model --seed 0`` (``make demo-model``).
 
-BUDGET_PLACEHOLDER
+Budget: seed 0, 5,600 steps of 96 rows in five phases, float32 weights with bfloat16 products. A step took 0.4
+to 0.5 s where two cores with bfloat16 instructions were idle, which makes some 45 minutes in all.
+
+Seen, on 9,600 held-out rows: 98.2% answered exactly, at float32 and bfloat16 alike; the least in one task and
+language 94.1% (sentiment in English). These are figures of the shipped weights (1.2 million float32, 5 MB).
+They were trained phase by phase (the third averaged with the second, 0.7 to 0.3), the first two with their rows
+drawn in another order, and the
+phases were chosen by looking at held-out rows of one seed; on 6,000 of another they answer 98.2%, the
+least 93.7% (sums in English). A run of all phases at once gives other weights: measure it with tests/demo.
 
 It needs the packages of the extra ``[test]`` (transformers). It owns the tokenizer, the chat format, the
 shape and the schedule; the tasks are `daskllm.demo.tasks`. Every user prompt is one of three things, so that
