@@ -7,10 +7,10 @@ to 0.5 s where two cores with bfloat16 instructions were idle, which makes some 
 
 Seen, on 9,600 held-out rows: 98.2% answered exactly, at float32 and bfloat16 alike; the least in one task and
 language 94.1% (sentiment in English). These are figures of the shipped weights (1.2 million float32, 5 MB).
-They were trained phase by phase (the third averaged with the second, 0.7 to 0.3), the first two with their rows
-drawn in another order, and the
-phases were chosen by looking at held-out rows of one seed; on 6,000 of another they answer 98.2%, the
-least 93.7% (sums in English). A run of all phases at once gives other weights: measure it with tests/demo.
+They were trained phase by phase on a busy machine (the third phase averaged with the second, 0.7 to 0.3), the
+first two with their rows drawn in another order, and the phases were chosen by looking at held-out rows of
+one seed; on 6,000 of another they answer 98.2%, the least 93.7% (sums in English). A run of all phases at
+once gives other weights: measure it with tests/demo.
 
 It needs the packages of the extra ``[test]`` (transformers). It owns the tokenizer, the chat format, the
 shape and the schedule; the tasks are `daskllm.demo.tasks`. Every user prompt is one of three things, so that
