@@ -26,6 +26,7 @@ from daskllm import __version__
 from daskllm.llm import load
 from daskllm.machine import cores
 from daskllm.models import DecoderConfig
+from daskllm.runtime.cluster import batches
 from daskllm.runtime.process import session_for
 from daskllm.runtime.stages import at_engine
 from daskllm.session import Session
@@ -34,7 +35,6 @@ from daskllm.types import ModelSpec, SamplingParams
 __all__ = ["WorkRow", "measure", "read_work"]
 
 WARM_UP_ROWS = 4
-TASKS_PER_THREAD = 4
 MEGABYTE = 1_000_000
 
 
@@ -167,8 +167,7 @@ def _on_cluster(
         _check_fits(work, llm.config)
         engines_at = [stage.worker for stage in spec.stages[-1:]] or list(client.nthreads())
         _at_each(client, engines_at, _answer_here, spec, work[:WARM_UP_ROWS])
-        size = -(-len(work) // (len(engines_at) * threads * TASKS_PER_THREAD))
-        parts = [work[i : i + size] for i in range(0, len(work), size)]
+        parts = [work[piece] for piece in batches(len(work), len(engines_at))]
         begun = time.perf_counter()
         tokens = sum(client.gather(client.map(_answer_here, [spec] * len(parts), parts, pure=False)))
         seconds = time.perf_counter() - begun
