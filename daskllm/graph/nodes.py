@@ -161,10 +161,6 @@ class Node:
         """Working memory of one step."""
         return self.tokens(step) * self.activation_bytes
 
-    def sent_bytes(self, step: Step) -> float:
-        """Bytes of the result of one step."""
-        return self.tokens(step) * self.output_bytes
-
 
 @dataclass(frozen=True, slots=True)
 class Edge:
