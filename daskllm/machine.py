@@ -8,6 +8,7 @@ memory each may hold.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 from dataclasses import dataclass
@@ -15,11 +16,14 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["available_memory", "cores", "set_share", "total_memory"]
+__all__ = ["available_memory", "cores", "keep_freed_memory", "set_share", "total_memory"]
 
 _CGROUP = Path("/sys/fs/cgroup")
 # Version 1 writes "no limit" as the largest page-aligned int64.
 _NO_LIMIT = 1 << 60
+# Parameters of glibc's mallopt (https://man7.org/linux/man-pages/man3/mallopt.3.html).
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_KEPT, _LARGEST_REUSED = 1 << 30, 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,19 @@ def available_memory() -> int:
     if _share.memory_limit is not None:
         free = min(free, _share.memory_limit - psutil.Process().memory_info().rss)
     return max(0, free)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library reuse what a step frees for the next, instead of giving it back in between.
+
+    Dask's nannies start workers with a trim threshold of 64 KiB, under which a step's intermediate results
+    are mapped and paged in anew each time: 15% of the throughput of a small model. Where the C library is not
+    glibc, nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_REUSED)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT)
 
 
 def _read(name: str) -> str | None:

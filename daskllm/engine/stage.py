@@ -84,6 +84,7 @@ def open_runner(model: ResidentModel, layers: Sequence[str], blocks: int) -> Run
     Raises:
         ModelError: a layer cannot be loaded.
     """
+    machine.keep_freed_memory()
     ready = [model.layer(name) for name in layers]
     attending = sum(isinstance(layer, DecoderLayer) for layer in ready)
     config = model.config
