@@ -12,13 +12,20 @@ is imported when it is first used.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 import daskllm.frame  # noqa: F401  (registers ``df.llm``)
 from daskllm.types import Completion, DaskLLMError, ModelError, RowError, SamplingParams
 
 if TYPE_CHECKING:
-    from daskllm.llm import LLM, generate_text, load, parallel_generate_text
+    from daskllm.llm import LLM, load
+    from daskllm.texts import generate_text, parallel_generate_text
+
+# libgomp reads it when torch is first imported. Its threads stay awake for some 3 ms after each operation,
+# and on cores that others use too a step then takes ten times as long; a tenth of a millisecond bridges the
+# gaps within a step as well.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 __version__ = "0.1.0"
 
@@ -35,12 +42,17 @@ __all__ = [
     "parallel_generate_text",
 ]
 
-_LATE = frozenset({"LLM", "generate_text", "load", "parallel_generate_text"})
+_LATE = {
+    "LLM": "daskllm.llm",
+    "generate_text": "daskllm.texts",
+    "load": "daskllm.llm",
+    "parallel_generate_text": "daskllm.texts",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _LATE:
-        return getattr(importlib.import_module("daskllm.llm"), name)
+        return getattr(importlib.import_module(_LATE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 from distributed import Client, LocalCluster
 
@@ -165,13 +166,14 @@ def _on_cluster(
         spec = llm.spec
         load_s = time.perf_counter() - begun
         _check_fits(work, llm.config)
-        engines_at = [stage.worker for stage in spec.stages[-1:]] or list(client.nthreads())
+        engines_at = [chain.stages[-1].worker for chain in spec.chains] or list(client.nthreads())
         _at_each(client, engines_at, _answer_here, spec, work[:WARM_UP_ROWS])
-        parts = [work[piece] for piece in batches(len(work), len(engines_at))]
+        costs = np.array([len(row.prompt) + row.out for row in work], dtype="float64")
+        parts = [[work[row] for row in batch] for batch in batches(costs, len(engines_at))]
         begun = time.perf_counter()
         tokens = sum(client.gather(client.map(_answer_here, [spec] * len(parts), parts, pure=False)))
         seconds = time.perf_counter() - begun
-        if spec.stages:
+        if spec.chains:
             engines = list(client.run(at_engine, spec, _engine, workers=engines_at).values())
         else:
             engines = _at_each(client, engines_at, _engine_here, spec)
@@ -185,7 +187,7 @@ def _on_cluster(
             "preemptions": sum(engine["preemptions"] for engine in engines),
             "workers": workers,
             "threads": threads,
-            "stages": len(spec.stages) or 1,
+            "stages": len(spec.chains[0].stages) if spec.chains else 1,
         }
 
 

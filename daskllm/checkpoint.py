@@ -11,7 +11,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,11 @@ INDEX = "model.safetensors.index.json"
 # The root's own weights only: repositories also ship other formats and second copies of the same weights.
 DOWNLOADED = ("*.json", "*.jinja", WEIGHTS, "model-*.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_IDENTITY_SUFFIXES = (".json", ".jinja", ".safetensors")
+_SMALL_SUFFIXES = (".json", ".jinja")
+_IDENTITY_SUFFIXES = (*_SMALL_SUFFIXES, ".safetensors")
+_TEMPLATES = "additional_chat_templates"
+_SAMPLE = 4096
+"""Bytes of a tensor that `Checkpoint.content` reads: a page, which any read would bring in."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
            "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}  # fmt: skip
@@ -80,6 +84,7 @@ class Checkpoint:
         self.generation_config = _read_json(path / GENERATION_CONFIG) if has_generation else {}
         self._files: dict[Path, Any] = {}
         self._file_of: dict[str, Path] = {}
+        self._spans: dict[Path, dict[str, tuple[int, int]]] = {}
         for file, expected in _weight_files(path):
             held = self._open(file)
             for name in sorted(held if expected is None else expected):
@@ -124,6 +129,50 @@ class Checkpoint:
         """
         tensor: torch.Tensor = self._handle(name).get_tensor(name)
         return tensor
+
+    def fetch(self, names: Collection[str]) -> None:
+        """Have these tensors' bytes here before they are read; a directory has them all."""
+
+    def span(self, name: str) -> tuple[Path, int, int]:
+        """Where a tensor's bytes are: its file, its first byte, and the byte after its last."""
+        file = self.file(name)
+        return (file, *self._spans_in(file)[name])
+
+    def _spans_in(self, file: Path) -> dict[str, tuple[int, int]]:
+        if file not in self._spans:
+            data, header = _header(file)
+            offsets = {n: entry["data_offsets"] for n, entry in header.items() if n != "__metadata__"}
+            self._spans[file] = {n: (data + start, data + stop) for n, (start, stop) in offsets.items()}
+        return self._spans[file]
+
+    def files(self) -> dict[str, tuple[Path, int]]:
+        """All that a copy of the model is made of, by name within the directory: JSON, templates, weights.
+
+        With each the bytes at its start without which nothing can be read: a weight file's header, the whole
+        of any other.
+        """
+        small = [f for f in self.path.iterdir() if f.suffix in _SMALL_SUFFIXES and f.is_file()]
+        small += (self.path / _TEMPLATES).glob("*.jinja")
+        heads = {file: file.stat().st_size for file in small}
+        heads |= {file: _header_size(file) for file in self._file_of.values()}
+        return {f.relative_to(self.path).as_posix(): (f, heads[f]) for f in sorted(heads)}
+
+    def content(self) -> str:
+        """As `identity`, but read from the files, and so the same for a copy elsewhere or of another time.
+
+        It is made of the small files, the headers of the weight files and a page from the middle of every
+        tensor: training changes a tensor all over, so that other weights do not pass for these, and a model
+        of any size is read in moments.
+        """
+        seen, weights = sha256(), set(self._file_of.values())
+        for name, (file, head) in self.files().items():
+            seen.update(f"\0{name}\0{file.stat().st_size}\0".encode())
+            with file.open("rb") as stream:
+                seen.update(stream.read(head))
+                for start, stop in sorted(self._spans_in(file).values()) if file in weights else ():
+                    stream.seek(max(start, (start + stop - _SAMPLE) // 2))
+                    seen.update(stream.read(min(_SAMPLE, stop - start)))
+        return seen.hexdigest()[:32]
 
     def close(self) -> None:
         """Let go of the files. Tensors that were handed out keep their own mapping."""
@@ -173,28 +222,45 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _what_is_cut(file: Path) -> str | None:
-    """Which tensor a file is too short for, if that is what is wrong with it.
+def _header_size(file: Path) -> int:
+    """Where the data of a safetensors file begin: a length (8 bytes, little-endian), a JSON header, the data.
 
-    A safetensors file is a header length (8 bytes, little-endian), a JSON header whose ``data_offsets``
-    count from the header's end, and the data.
+    Raises:
+        ModelError: the file is cut short before that.
     """
     size = file.stat().st_size
     if size < 8:
-        return f"it is cut short ({size} bytes)"
+        raise ModelError(f"it is cut short ({size} bytes)")
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
-        if 8 + length > size:
-            return f"it is cut short: its header alone takes {8 + length} bytes, the file has {size}"
-        try:
-            header = json.loads(stream.read(length))
-            ends = {n: entry["data_offsets"][1] for n, entry in header.items() if n != "__metadata__"}
-        except (ValueError, TypeError, LookupError, AttributeError):
-            return None
-    cut = sorted((end, name) for name, end in ends.items() if 8 + length + end > size)
+    if 8 + length > size:
+        raise ModelError(f"it is cut short: its header alone takes {8 + length} bytes, the file has {size}")
+    return 8 + int(length)
+
+
+def _header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Where a safetensors file's data begin, and its header, whose ``data_offsets`` count from there."""
+    data = _header_size(file)
+    with file.open("rb") as stream:
+        stream.seek(8)
+        header = json.loads(stream.read(data - 8))
+    return data, header
+
+
+def _what_is_cut(file: Path) -> str | None:
+    """Which tensor a file is too short for, if that is what is wrong with it."""
+    try:
+        data, header = _header(file)
+        ends = {n: entry["data_offsets"][1] for n, entry in header.items() if n != "__metadata__"}
+    except ModelError as error:
+        return str(error)
+    except (ValueError, TypeError, LookupError, AttributeError):
+        return None
+    size = file.stat().st_size
+    cut = sorted((end, name) for name, end in ends.items() if data + end > size)
     if not cut:
         return None
-    return f"it is cut short: tensor {cut[0][1]!r} ends at byte {8 + length + cut[0][0]}, the file has {size}"
+    return f"it is cut short: tensor {cut[0][1]!r} ends at byte {data + cut[0][0]}, the file has {size}"
 
 
 def _identity(path: Path) -> str:

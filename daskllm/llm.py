@@ -9,23 +9,22 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
-import dask
 import dask.bag as db
 import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 
-from daskllm.checkpoint import Checkpoint, open_checkpoint
+from daskllm.checkpoint import open_checkpoint
 from daskllm.frame import ask_series, check_chats
 from daskllm.graph import LayerGraph, Plan
-from daskllm.models import DecoderConfig, describe, layer_names, sources
+from daskllm.models import DecoderConfig, describe, sources
 from daskllm.runtime import dataflow
 from daskllm.runtime.call import Call, Kind, draw_seed
 from daskllm.runtime.cluster import client_for, over_rows
+from daskllm.runtime.facts import Facts
 from daskllm.runtime.loading import (
     check_client,
     check_options,
@@ -36,19 +35,24 @@ from daskllm.runtime.loading import (
     residency_of,
     specs_of,
 )
-from daskllm.runtime.placing import Stages, check_stages, place, plan_of, with_times
-from daskllm.runtime.process import close_session, session_for
+from daskllm.runtime.placing import Replicas, Stages, check_stages, place, plan_of, with_times
+from daskllm.runtime.process import close_session, session_for, using
+from daskllm.runtime.recall import place_for
 from daskllm.runtime.resident import resident_bytes
 from daskllm.runtime.tasks import answer_bag, answer_rows, plain
+from daskllm.runtime.update import of_its_own, present_at, update
+from daskllm.runtime.versions import known, learn, present
 from daskllm.session import Session, end_tokens
 from daskllm.text.tokenizer import Tokenizer
-from daskllm.types import Completion, ModelSpec, RowError, SamplingParams
+from daskllm.types import ModelSpec, Pooling, SamplingParams
 
 if TYPE_CHECKING:
     from dask.delayed import Delayed
     from distributed import Client
 
-__all__ = ["LLM", "generate_text", "load", "parallel_generate_text"]
+__all__ = ["LLM", "listed", "load"]
+
+_OUTPUTS = {"score": "score", "embed": "embedding"}
 
 
 class LLM:
@@ -57,16 +61,26 @@ class LLM:
     Its weights are opened once in each process that answers rows. Pickled, it is its specification.
 
     Attributes:
-        spec: which model, and how it is opened.
+        spec: which model, and how it was opened; an update leaves it as it is.
         client: the Dask client given to `load`, or None.
+        answers: the directory or URL where finished rows are kept, or None; calls made from now on use it.
     """
 
-    def __init__(self, spec: ModelSpec, client: Client | None = None) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        client: Client | None = None,
+        config: DecoderConfig | None = None,
+        answers: str | None = None,
+    ) -> None:
         self.spec = spec
+        self.answers = answers
         self.client = client
+        self._facts = Facts(spec, config)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return LLM, (self.spec,)
+        # Where it arrives, nobody may have heard of an update.
+        return _arrived, (self.spec, present(self.spec), self.answers)
 
     def __repr__(self) -> str:
         spec = self.spec
@@ -75,23 +89,37 @@ class LLM:
     def session(self) -> Session:
         """This process's open model; opens it where that has not happened yet.
 
-        For a model in stages, one that asks the worker of the last stage.
+        For a model in stages, one that asks the worker of the last stage. An update closes it, when the rows
+        are done that were asked for by this handle's other methods.
         """
-        return session_for(self.spec)
+        return session_for(self._present)
 
-    @cached_property
-    def _checkpoint(self) -> Checkpoint:
-        return open_checkpoint(self.spec.path, self.spec.revision)
+    @property
+    def _present(self) -> ModelSpec:
+        """The version that answers now."""
+        return present_at(client_for(self.client), self.spec)
 
-    @cached_property
+    @property
+    def _now(self) -> Facts:
+        now = self._present
+        if self._facts.spec != now:
+            self._facts = Facts(now)
+        return self._facts
+
+    @property
+    def version(self) -> int:
+        """How many updates have brought other weights since the model was loaded."""
+        return self._present.version
+
+    @property
     def config(self) -> DecoderConfig:
         """What the model is, in numbers."""
-        return describe(self._checkpoint.config)
+        return self._now.config
 
-    @cached_property
+    @property
     def tokenizer(self) -> Tokenizer:
         """Text to token ids and back."""
-        return Tokenizer.from_directory(self._checkpoint.path)
+        return self._now.tokenizer
 
     def generate(self, prompts: Any, **sampling: Any) -> Any:
         """Continue prompts.
@@ -141,10 +169,13 @@ class LLM:
             raise ValueError(f"n must be 1 for a stream, not {params.n}")
         if draw_seed(params):
             params = params.with_(seed=secrets.randbits(63))
-        call = Call(spec=self.spec, kind="generate", params=params)
-        session = self.session()
-        (ready,) = call.prompts([(prompt,)], session.tokenizer)
-        return session.stream(ready, params)
+        return self._pieces(prompt, Call(spec=self.spec, kind="generate", params=params))
+
+    def _pieces(self, prompt: str | Sequence[int], call: Call) -> Iterator[str]:
+        present_at(client_for(self.client), self.spec)  # or this process would not know of another's update
+        with using(self.spec) as session:
+            (ready,) = call.prompts([(prompt,)], session.tokenizer)
+            yield from session.stream(ready, call.params)
 
     def score(self, texts: Any, *, tokens: bool = False) -> Any:
         """How likely the model finds texts: natural log-probability of all tokens after the first.
@@ -164,15 +195,32 @@ class LLM:
             return self._ask("score", texts, {})
         one = isinstance(texts, str)
         call = Call(spec=self.spec, kind="score")
-        scores = self._answers([texts] if one else _listed(texts, "score"), call)
+        scores = self._answers([texts] if one else listed(texts, "score"), call)
         lists = [list(s.token_logprobs) if s.error is None else None for s in scores]
         return lists[0] if one else lists
 
-    @cached_property
+    def embed(self, texts: Any, pooling: Pooling = "mean", normalize: bool = True) -> Any:
+        """Texts as vectors: the hidden states behind the model's last norm, pooled over each text's tokens.
+
+        Args:
+            texts: as the prompts of `generate`.
+            pooling: "mean" of all tokens, those included that the tokenizer adds, or the "last" one alone.
+            normalize: make each vector's Euclidean length 1.
+
+        Returns:
+            For a list a float32 array [n, hidden], for a str one of [hidden]; NaN where a text cannot be
+            embedded. For a Series a frame with the columns of ``df.llm.embed``; for a Bag a Bag of arrays.
+
+        Raises:
+            ValueError: an unknown pooling.
+            TypeError: no text, list, Series or Bag; or ``normalize`` is no bool.
+        """
+        return self._ask("embed", texts, {}, pooling=pooling, normalize=normalize)
+
+    @property
     def graph(self) -> LayerGraph:
         """The model as a graph of layers with their costs; made from its description, no weight is read."""
-        dtype = self.config.dtype if self.spec.dtype == "auto" else self.spec.dtype
-        return LayerGraph.of(self.config, dtype)
+        return self._now.graph
 
     def delayed(
         self,
@@ -184,7 +232,7 @@ class LLM:
         ignore_eos: bool = False,
         stop_token_ids: Sequence[int] = (),
     ) -> Delayed:
-        """One sequence through the model's layers, each a Dask task named after it.
+        """One sequence through the layers of the model's present version, each a Dask task named after it.
 
         Args:
             token_ids: at least one.
@@ -203,89 +251,94 @@ class LLM:
 
         Example: ``llm.delayed([1, 5, 9]).visualize()`` draws the tasks.
         """
-        ids = self._checked_ids(token_ids)
-        if fuse not in ("layer", "stage"):
-            raise ValueError(f'fuse must be "layer" or "stage", not {fuse!r}')
-        if isinstance(shards, bool) or not isinstance(shards, int) or shards < 1:
-            raise ValueError(f"shards must be an integer of at least 1, not {shards!r}")
-        if max_tokens is not None:
-            if fuse != "layer" or shards != 1:
-                raise ValueError('max_tokens goes layer by layer: leave fuse="layer" and shards=1')
-            params = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop_token_ids)
-            self._check_room(len(ids) + params.max_tokens - 1)
-            ends = set(params.stop_token_ids or ()) | set(() if ignore_eos else self._eos_token_ids)  # type: ignore[arg-type]
-            return dataflow.decode(self.spec, layer_names(self.config), ids, params.max_tokens, ends)
-        if shards > 1:
-            return dataflow.forward(self.spec, LayerGraph.of(self.config, shards=shards).open_all(), ids)
-        whole = [layer_names(self.config)]
-        stages = None if fuse == "layer" else [stage.layers for stage in self.spec.stages] or whole
-        return dataflow.forward(self.spec, self.graph, ids, stages)
+        now = self._now
+        if max_tokens is None:
+            return dataflow.logits(now.spec, now.config, token_ids, fuse, shards)
+        if fuse != "layer" or shards != 1:
+            raise ValueError('max_tokens goes layer by layer: leave fuse="layer" and shards=1')
+        params = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop_token_ids)
+        ends = set() if ignore_eos else set(end_tokens(now.checkpoint, now.config))
+        ends.update(params.stop_token_ids or ())  # type: ignore[arg-type]
+        return dataflow.decode(now.spec, now.config, token_ids, params.max_tokens, ends)
 
-    def _checked_ids(self, token_ids: Sequence[int]) -> list[int]:
-        ids = [int(i) for i in token_ids]
-        if not ids:
-            raise ValueError("token_ids must hold at least one token")
-        vocab = self.config.vocab_size
-        outside = [i for i in ids if not 0 <= i < vocab]
-        if outside:
-            raise ValueError(f"token id {outside[0]} is outside the model's vocabulary of {vocab}")
-        self._check_room(len(ids))
-        return ids
+    def update(self, checkpoint: str | os.PathLike[str], *, revision: str | None = None) -> None:
+        """Give the model other weights while it answers, here and on the client's workers.
 
-    def _check_room(self, positions: int) -> None:
-        if positions > self.config.max_positions:
-            raise ValueError(
-                f"{positions} positions do not fit the model's context of {self.config.max_positions}"
-            )
+        Every row is answered wholly by one version: rows that are under way finish on the old one, whose
+        weights and KV cache go with the last of them, and rows that begin later are answered by the new one,
+        those of graphs made before too. ``version`` counts; each `Completion` says which version it is from.
 
-    @property
-    def _eos_token_ids(self) -> tuple[int, ...]:
-        return end_tokens(self._checkpoint, self.config)
+        Both versions are in memory together for a while. The new one's KV cache takes its share of what is
+        free then; with ``kv_memory`` there is room for that much twice.
+
+        Args:
+            checkpoint: a directory or a Hub id, of the same description: vocabulary, layers, sizes. Its
+                tokenizer, chat template and end tokens come with it. Files of the version that is open must
+                not be overwritten in place; write beside them, or rename files over them.
+            revision: of a Hub id.
+
+        Raises:
+            ModelError: it cannot be loaded on some worker, or is another model; the message names the file
+                and the tensor or field. The old version goes on everywhere, as if nothing had been asked.
+            PlanError, StageLostError: a worker of the model's stages is gone, and those left have no room.
+            RuntimeError: called in a task.
+        """
+        update(client_for(self.client), self.spec, self.config, checkpoint, revision)
 
     def close(self) -> None:
-        """Let the model go, here and on the client's workers; a later call opens it again."""
+        """Let the model go, all versions of it, here and on the client's workers; a later call opens the
+        present one again."""
         close_session(self.spec)
         client = client_for(self.client)
         if client is not None and client.status == "running":
-            close_on(client, self.spec)
+            for one in known(self.spec):
+                close_on(client, one)
 
     @property
     def plan(self) -> Plan:
-        """Which layers are where, what that was expected to take and, for stages, what it took so far."""
+        """Which layers are where, what that was expected to take and what it took so far.
+
+        The workers and their links are measured for it where that has not been done.
+        """
         client = client_for(self.client)
-        if client is None:
-            return plan_of(self.spec, self.config, None)
-        present = specs_of(client, self.spec)[-1]
-        return with_times(plan_of(present, self.config, client), client, present)
+        placed = self._present if client is None else specs_of(client, self._present)[-1]
+        return with_times(plan_of(placed, self.config, client), client, placed)
 
     def residency(self) -> dict[str, dict[str, int]]:
         """Worker address ("" for this process) -> layer -> bytes of its weights that are held there."""
         client = client_for(self.client)
         if client is None:
-            return {"": resident_bytes(self.spec)}
-        return residency_of(client, self.spec)
+            return {"": resident_bytes(self._present)}
+        return residency_of(client, self._present)
 
-    def _ask(self, kind: Kind, given: Any, sampling: Mapping[str, Any]) -> Any:
+    def _ask(self, kind: Kind, given: Any, sampling: Mapping[str, Any], **options: Any) -> Any:
         params = SamplingParams.of(sampling)
         if kind == "chat":
             check_chats(self)
         if isinstance(given, (pd.Series, dd.Series)):
-            output = "score" if kind == "score" else "generated"
-            return ask_series(given, self, kind, output, sampling)
+            return ask_series(given, self, kind, _OUTPUTS.get(kind, "generated"), sampling, **options)
         if isinstance(given, (pd.DataFrame, dd.DataFrame)):
             raise TypeError(f"a table is asked by its own accessor: df.llm.{kind}(llm, ...)")
-        call = Call(spec=self.spec, kind=kind, params=params, job_seed=draw_seed(params))
+        seed, kept = draw_seed(params), self.answers
+        call = Call(spec=self.spec, kind=kind, params=params, job_seed=seed, answers=kept, **options)
         if isinstance(given, db.Bag):
             numbers = db.from_sequence(range(given.npartitions), npartitions=given.npartitions)
             return given.map_partitions(answer_bag, numbers, call=call)
         if isinstance(given, str) or (kind == "chat" and _is_conversation(given)):
             return plain(self._answers([given], call)[0], call)
-        answers = [plain(answer, call) for answer in self._answers(_listed(given, kind), call)]
+        answers = [plain(answer, call) for answer in self._answers(listed(given, kind), call)]
+        if kind == "embed":
+            return np.stack(answers) if answers else np.empty((0, self.config.hidden_size), np.float32)
         return np.array(answers, dtype="float64") if kind == "score" else answers
 
     def _answers(self, items: Sequence[Any], call: Call) -> list[Any]:
         rows = [(item,) for item in items]
         return over_rows(client_for(self.client), answer_rows, rows, call)
+
+
+def _arrived(spec: ModelSpec, now: ModelSpec, answers: str | None) -> LLM:
+    learn(spec, now)
+    return LLM(spec, answers=answers)
 
 
 def load(
@@ -298,8 +351,9 @@ def load(
     client: Client | None = None,
     plan: Plan | Literal["auto"] = "auto",
     stages: Stages = "auto",
-    replicas: Literal["auto"] = "auto",
+    replicas: Replicas = "auto",
     kv_memory: int | str = "auto",
+    answers: str | os.PathLike[str] | Literal[False] | None = "auto",
 ) -> LLM:
     """Open a model.
 
@@ -314,25 +368,33 @@ def load(
         quantize: None, weights as they are.
         revision: branch, tag or commit of a Hub id.
         client: the Dask client whose workers answer lists, Series and pandas tables.
-        plan: a `daskllm.graph.Plan` of one replica over the client's workers, named by their addresses;
-            "auto" makes one.
-        stages: into how many workers' parts the layers are cut; "auto": not at all where the model fits every
-            worker, else as few as fit. 1: every worker holds the whole model.
-        replicas: "auto".
+        plan: a `daskllm.graph.Plan` over the client's workers, named by their addresses; "auto" makes one.
+        stages: into how many workers' parts the layers are cut; "auto": not at all where the model fits a
+            worker, else as few as fit.
+        replicas: how many copies of the model there are, so that a small job does not load a big one
+            everywhere; rows on any worker are answered by the copy that is least busy. "auto": with
+            ``stages`` as many chains of stages as the workers allow, otherwise a copy in every process that
+            answers rows. What loading costs against a job's length is not known here: a plan made with
+            ``Workload(total_tokens=...)`` counts it.
         kv_memory: KV cache per process, in bytes or as "2 GiB"; "auto" takes a share of the free memory.
+        answers: where finished rows are kept, so that a lost worker's are not generated again and the same
+            rows cost nothing the next time: a directory or an fsspec URL, best one that all workers reach.
+            "auto": Dask's configuration ``daskllm.answers``, else the user's cache directory on each machine.
+            None keeps none.
 
     Raises:
         ModelError: the model cannot be loaded; the message names the file and the tensor or field.
-        ValueError: an argument out of what is supported, stages without a client or more than there are
-            layers or workers.
+        ValueError: an argument out of what is supported; stages or replicas without a client, or more than
+            there are layers or workers for.
         PlanError: no worker has room for some layer, or the plan is not one of this model on these workers.
         TypeError: an argument of the wrong type.
     """
-    check_options(dtype, device, quantize, replicas)
+    check_options(dtype, device, quantize)
     memory = kv_bytes(kv_memory)
     check_client(client)
+    kept = place_for(answers)
     answering = client_for(client)
-    check_stages(stages, plan, answering)
+    check_stages(stages, replicas, plan, answering)
     checkpoint = open_checkpoint(model, revision)
     try:
         config = describe(checkpoint.config)
@@ -345,84 +407,26 @@ def load(
             device=device,
             kv_memory=memory,
             identity=checkpoint.identity,
+            content="" if answering is None else checkpoint.content(),
         )
     finally:
         checkpoint.close()
     if answering is None:
-        llm = LLM(spec, client)
+        llm = LLM(of_its_own(None, spec), client, config, kept)
         llm.session()
         return llm
-    chosen = place(answering, spec, config, stages, plan)
-    llm = LLM(chosen, client)
+    chosen = place(answering, spec, config, stages, replicas, plan)
+    chosen = of_its_own(answering, chosen)
+    llm = LLM(chosen, client, config, kept)
     open_on(answering, chosen)
     return llm
-
-
-def generate_text(prompt: str, model: LLM | str | os.PathLike[str], max_length: int = 50) -> str:
-    """The continuation of one prompt, greedily, without the prompt.
-
-    Args:
-        model: an `LLM`, or what `load` takes.
-        max_length: at most this many new tokens.
-
-    Raises:
-        RowError: the prompt cannot be answered.
-    """
-    if not isinstance(prompt, str):
-        raise TypeError(f"prompt must be text, not {prompt!r:.80}")
-    return parallel_generate_text([prompt], model, 1, max_length)[0]
-
-
-def parallel_generate_text(
-    prompts: Sequence[str],
-    model: LLM | str | os.PathLike[str],
-    num_workers: int = 4,
-    max_length: int = 50,
-) -> list[str]:
-    """The continuations of many prompts, greedily, in the prompts' order.
-
-    Args:
-        prompts: texts.
-        model: an `LLM`, or what `load` takes.
-        num_workers: Dask tasks that the prompts are dealt to, on the workers of the model's client or of the
-            current one, else on threads; those in one process share its batch.
-        max_length: at most this many new tokens for each.
-
-    Raises:
-        RowError: a prompt cannot be answered.
-    """
-    params = SamplingParams(max_tokens=max_length)
-    if isinstance(num_workers, bool) or not isinstance(num_workers, Integral) or num_workers < 1:
-        raise ValueError(f"num_workers must be an integer of at least 1, not {num_workers!r}")
-    rows = [(prompt,) for prompt in _listed(prompts, "generate")]
-    llm = model if isinstance(model, LLM) else load(model)
-    call = Call(spec=llm.spec, kind="generate", params=params)
-    places = [(0, row) for row in range(len(rows))]
-    # Dealt out like cards, so that long prompts at one end do not make one long task.
-    hands = [slice(first, None, int(num_workers)) for first in range(min(int(num_workers), len(rows)))]
-    answer = dask.delayed(answer_rows, pure=False, traverse=False)
-    parts = dask.compute(
-        *(answer(rows[hand], call, places[hand]) for hand in hands),
-        scheduler=client_for(llm.client),
-        num_workers=int(num_workers),
-    )
-    texts = [""] * len(rows)
-    for hand, part in zip(hands, parts, strict=True):
-        texts[hand] = [_text(answer) for (answer,) in part]
-    return texts
-
-
-def _text(answer: Completion) -> str:
-    if answer.text is None:
-        raise RowError(answer.error)
-    return answer.text
 
 
 def _is_conversation(given: Any) -> bool:
     return isinstance(given, Sequence) and len(given) > 0 and isinstance(given[0], Mapping)
 
 
-def _listed(given: Any, kind: Kind) -> list[Any]:
+def listed(given: Any, kind: Kind) -> list[Any]:
     """The items of a list of prompts.
 
     Raises:

@@ -38,6 +38,11 @@ class StepRecord:
 class EngineMetrics:
     """Totals since the engine began, and its latest steps.
 
+    Attributes:
+        busy_seconds: in steps.
+        remembered: rows that were answered without the engine.
+        waiting_seconds: between two steps; before the first, nothing has to be waited for.
+
     Example:
         >>> metrics = EngineMetrics()
         >>> metrics.totals()["steps"]
@@ -46,16 +51,22 @@ class EngineMetrics:
 
     steps: int = 0
     busy_seconds: float = 0.0
+    waiting_seconds: float = 0.0
     prefill_tokens: int = 0
     decode_tokens: int = 0
     output_tokens: int = 0
     sequences: int = 0
     preemptions: int = 0
     aborted: int = 0
+    remembered: int = 0
     history: deque[StepRecord] = field(default_factory=lambda: deque(maxlen=_HISTORY))
 
     def record(self, step: StepRecord) -> None:
         """Add one step."""
+        if self.history:
+            # Steps that overlap begin before the last one ended: what one seems to wait too long, another
+            # makes up for.
+            self.waiting_seconds += step.time - step.seconds - self.history[-1].time
         self.steps += 1
         self.busy_seconds += step.seconds
         self.prefill_tokens += step.prefill_tokens

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
 from daskllm import machine
 from daskllm.checkpoint import Checkpoint
@@ -28,11 +27,13 @@ from daskllm.engine.sequence import Request, Sample
 from daskllm.engine.stage import MAX_SEQUENCES, MAX_STEP_TOKENS, Flight, kv_room, open_runner
 from daskllm.metrics import EngineMetrics
 from daskllm.models import DecoderConfig, layer_names
+from daskllm.results import Embedding, Score
+from daskllm.text.encode import Encoded, Encoder
 from daskllm.text.tokenizer import Tokenizer
 from daskllm.text.watch import TextWatcher
-from daskllm.types import Completion, ModelSpec, Prompt, RowError, SamplingParams
+from daskllm.types import URGENT, Completion, ModelSpec, Pooling, Prompt, RowError, SamplingParams
 
-__all__ = ["Progress", "Score", "Session", "end_tokens"]
+__all__ = ["Progress", "Session", "end_tokens"]
 
 _POLL_SECONDS = 0.25
 
@@ -47,23 +48,6 @@ class Progress:
     errors: int
 
 
-@dataclass(frozen=True, slots=True)
-class Score:
-    """How likely the model finds a text.
-
-    Attributes:
-        logprob: natural log-probability of all tokens after the first, given those before; NaN on error.
-        token_logprobs: the same token by token, one fewer than ``tokens``.
-        tokens: tokens of the text, special ones that the tokenizer adds included.
-        error: why the row failed, else None.
-    """
-
-    logprob: float
-    token_logprobs: tuple[float, ...]
-    tokens: int
-    error: str | None = None
-
-
 @dataclass(slots=True)
 class _Row:
     """A prompt on its way: its ids or its error, and the ticket of what was asked of the engine."""
@@ -73,6 +57,12 @@ class _Row:
     params: SamplingParams = field(default_factory=SamplingParams)
     ticket: Ticket | None = None
     watchers: list[TextWatcher] = field(default_factory=list)
+    answer: list[Completion] | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether it has come to its own end, which a step that broke is not."""
+        return self.ticket is None or (self.ticket.done and self.ticket.failure is None)
 
     @property
     def samples(self) -> list[Sample]:
@@ -88,6 +78,7 @@ class Session:
         self.spec, self.model, self.tokenizer, self.engine = spec, model, tokenizer, engine
         self.config, self.context = model.config, engine.context
         self.eos_token_ids = end_tokens(model.checkpoint, model.config)
+        self._encoder = Encoder(tokenizer, self.config.vocab_size, self.context)
         # The engine's thread must have left torch before the interpreter takes it down.
         self._at_exit = functools.partial(_close_at_exit, weakref.WeakMethod(self.close))
         atexit.register(self._at_exit)
@@ -108,8 +99,7 @@ class Session:
         try:
             # Room that is asked for is checked before anything is loaded; else it is what the weights leave.
             asked = None if spec.kv_memory is None else kv_room(model, layers, spec.kv_memory)
-            for name in layers:
-                model.layer(name)
+            model.load(layers)
             blocks = asked or kv_room(model, layers, None)
             return cls.over(spec, model, open_runner(model, layers, blocks), blocks)
         except BaseException:
@@ -135,7 +125,6 @@ class Session:
         """
         tokenizer = Tokenizer.from_directory(model.checkpoint.path)
         threads = machine.cores()
-        torch.set_num_threads(threads)
         batcher = Batcher(BlockPool(blocks), flights * MAX_SEQUENCES, MAX_STEP_TOKENS, flights)
         engine = Engine(runner, batcher, model.config.max_positions, threads, depart)
         return cls(spec, model, tokenizer, engine)
@@ -153,25 +142,37 @@ class Session:
 
     # --- generation ---------------------------------------------------------------------------------
 
+    def encode(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
+    ) -> list[Encoded]:
+        """The token ids that `generate` gives to the model; it takes them in the place of the prompts."""
+        return self._encoder.encode(prompts, params)
+
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Prompt | Encoded],
         params: SamplingParams | Sequence[SamplingParams],
         *,
         job_seed: int = 0,
         places: Sequence[tuple[int, ...]] | None = None,
+        priority: int = 0,
         progress: Callable[[Progress], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
+        finished: Callable[[Sequence[tuple[int, list[Completion]]]], None] | None = None,
     ) -> list[list[Completion]]:
         """Answer prompts; the i-th list holds the ``n`` completions of the i-th prompt.
 
         Args:
-            prompts: text (taken as it is), token ids, chat messages, or a `RowError` that is passed on.
+            prompts: text (taken as it is), token ids, chat messages, what `encode` made of them, or a
+                `RowError` that is passed on.
             params: for all, or one for each.
             job_seed, places: where ``params.seed`` is None, a row draws from (job seed, its place); a place
                 is its position in ``prompts`` unless given.
+            priority: rows wait before those with a lower one.
             progress: called from this thread with what was done since its last call, a few times a second.
             cancelled: asked a few times a second; True stops decoding and raises ``InterruptedError``.
+            finished: called like ``progress``, and before it, with the positions and completions of the rows
+                that have come to an end since; a last time where something raises, so that they can be kept.
 
         A row that cannot be answered has finish_reason "error" and does not change its neighbours.
         """
@@ -183,14 +184,19 @@ class Session:
         for number, row in enumerate(rows):
             if row.error is None:
                 place = (number,) if places is None else places[number]
-                requests.append(self._request(row, job_seed, place, caller))
+                requests.append(self._request(row, job_seed, place, caller, priority))
         for row, ticket in zip(pending, self.engine.submit(requests), strict=True):
             row.ticket = ticket
-        self._await(rows, progress, cancelled)
-        return [self._completions(row) for row in rows]
+        if finished is None:
+            self._await(rows, progress, cancelled)
+        else:
+            self._await(rows, progress, cancelled, lambda r: finished([(i, self._answer(x)) for i, x in r]))
+        return [self._answer(row) for row in rows]
 
     def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[str]:
         """The text of one answer in pieces, as it comes; their join is the completion's text.
+
+        Somebody reads along, so it is `URGENT`.
 
         Leaving the iterator early stops the decoding.
 
@@ -203,7 +209,7 @@ class Session:
         if row.error is not None:
             raise RowError(row.error)
         pieces: queue.SimpleQueue[str] = queue.SimpleQueue()
-        request = self._request(row, 0, (), object(), pieces.put)
+        request = self._request(row, 0, (), object(), URGENT, pieces.put)
         [ticket] = self.engine.submit([request])
         try:
             while not ticket.done or not pieces.empty():
@@ -223,71 +229,60 @@ class Session:
         self,
         prompts: Sequence[Prompt],
         *,
+        priority: int = 0,
         progress: Callable[[Progress], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> list[Score]:
         """The log-probability that the model gives to each text; arguments as for `generate`."""
+        rows = self._read(prompts, progress, cancelled, kind="score", priority=priority)
+        return [_score(row) for row in rows]
+
+    def embed(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        pooling: Pooling = "mean",
+        normalize: bool = True,
+        priority: int = 0,
+        progress: Callable[[Progress], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> list[Embedding]:
+        """Each text as a vector: its hidden states behind the model's last norm, pooled.
+
+        Args:
+            pooling: "mean" of all of its tokens, or its "last" token alone.
+            normalize: make each vector's Euclidean length 1.
+
+        The rest is as for `generate`.
+        """
+        rows = self._read(prompts, progress, cancelled, kind="embed", pooling=pooling, priority=priority)
+        return [_embedding(row, self.config.hidden_size, normalize) for row in rows]
+
+    def _read(
+        self,
+        prompts: Sequence[Prompt],
+        progress: Callable[[Progress], None] | None,
+        cancelled: Callable[[], bool] | None,
+        **asked: Any,
+    ) -> list[_Row]:
+        """Rows of texts that nothing is generated for, when all are done; ``asked`` is of their `Request`."""
         rows = self._rows(prompts, [SamplingParams(max_tokens=1)] * len(prompts), room=0)
         pending = [row for row in rows if row.error is None]
         caller = object()
-        requests = [Request(row.ids, row.params, score=True, caller=caller) for row in pending]
+        requests = [Request(row.ids, row.params, caller=caller, **asked) for row in pending]
         for row, ticket in zip(pending, self.engine.submit(requests), strict=True):
             row.ticket = ticket
         self._await(rows, progress, cancelled)
-        return [_score(row) for row in rows]
+        return rows
 
     # --- rows ---------------------------------------------------------------------------------------
 
-    def _rows(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], room: int = 1) -> list[_Row]:
+    def _rows(
+        self, prompts: Sequence[Prompt | Encoded], params: Sequence[SamplingParams], room: int = 1
+    ) -> list[_Row]:
         """Prompts as ids; ``room`` is how many positions must stay free for an answer."""
-        texts = [i for i, prompt in enumerate(prompts) if isinstance(prompt, str)]
-        encoded = dict(zip(texts, self.tokenizer.encode_batch([prompts[i] for i in texts]), strict=True))  # type: ignore[misc]
-        rows = []
-        for i, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
-            ids: Sequence[int] = ()
-            try:
-                ids = self._ids(prompt, encoded.get(i))
-                rows.append(_Row(self._fit(ids, one, room), params=one))
-            except RowError as error:
-                rows.append(_Row(ids, error=str(error), params=one))
-        return rows
-
-    def _ids(self, prompt: Prompt, encoded: list[int] | RowError | None) -> Sequence[int]:
-        if isinstance(prompt, RowError):
-            raise prompt
-        if isinstance(encoded, RowError):
-            raise encoded
-        if len(prompt) == 0:
-            raise RowError("prompt is empty")
-        if encoded is not None:
-            return self._checked(encoded)
-        if isinstance(prompt[0], (int, np.integer)):
-            return self._checked([_id(value) for value in prompt])
-        return self._checked(self.tokenizer.encode_chat(prompt))
-
-    def _checked(self, ids: list[int]) -> list[int]:
-        if not ids:
-            raise RowError("prompt is empty")
-        vocab = self.config.vocab_size
-        for value in ids:
-            if not 0 <= value < vocab:
-                raise RowError(f"token id {value} is outside the model's vocabulary of {vocab}")
-        return ids
-
-    def _fit(self, ids: Sequence[int], params: SamplingParams, room: int) -> Sequence[int]:
-        limit = self.context - room
-        if len(ids) <= limit:
-            return ids
-        if room == 0:
-            raise RowError(f"text has {len(ids)} tokens, the model's context is {self.context}; shorten it")
-        if params.truncate is None:
-            raise RowError(
-                f"prompt has {len(ids)} tokens, the model's context is {self.context} and an answer needs at "
-                'least one; shorten it or pass truncate="left"'
-            )
-        # The newest tokens that leave room for a whole answer, but never less than half the context.
-        kept = min(limit, max(self.context - params.max_tokens, self.context // 2))
-        return ids[len(ids) - kept :]
+        encoded = self._encoder.encode(prompts, params, room)
+        return [_Row(one.ids, one.error, own) for one, own in zip(encoded, params, strict=True)]
 
     def _request(
         self,
@@ -295,6 +290,7 @@ class Session:
         job_seed: int,
         place: tuple[int, ...],
         caller: object,
+        priority: int,
         emit: Callable[[str], None] | None = None,
     ) -> Request:
         params = row.params
@@ -312,35 +308,44 @@ class Session:
                 return row.watchers[sample].push(output)
 
         key = (params.seed, (row.ids,)) if params.seed is not None else (job_seed, (place,))
-        return Request(row.ids, params, stop_ids, key, on_token, caller=caller)
+        return Request(row.ids, params, stop_ids, key, on_token, priority=priority, caller=caller)
 
     def _await(
         self,
         rows: Sequence[_Row],
         progress: Callable[[Progress], None] | None,
         cancelled: Callable[[], bool] | None,
+        finished: Callable[[Sequence[tuple[int, _Row]]], None] | None = None,
     ) -> None:
         tickets = [row.ticket for row in rows if row.ticket is not None]
-        reporter = _Reporter(rows, progress)
-        watched = progress is not None or cancelled is not None
+        reporter = _Reporter(rows, progress, finished)
+        watched = progress is not None or cancelled is not None or finished is not None
         try:
             while len(self.engine.wait(tickets, _POLL_SECONDS if watched else None)) < len(tickets):
                 reporter.report()
                 if cancelled is not None and cancelled():
                     raise InterruptedError("the rows were cancelled")
             reporter.report()
+        except BaseException:
+            reporter.report()
+            raise
         finally:  # an interrupt or a cancelled task must not leave its rows decoding
             self.engine.abort(tickets)
 
+    def _answer(self, row: _Row) -> list[Completion]:
+        if row.answer is None:
+            row.answer = self._completions(row)
+        return row.answer
+
     def _completions(self, row: _Row) -> list[Completion]:
-        n = row.params.n
+        n, version = row.params.n, self.spec.version
         if row.error is not None or row.ticket is None:
-            return [Completion.failed(row.error or "the row was not run", len(row.ids))] * n
+            return [Completion.failed(row.error or "the row was not run", len(row.ids), version)] * n
         return [self._completion(row, number, sample) for number, sample in enumerate(row.samples)]
 
     def _completion(self, row: _Row, number: int, sample: Sample) -> Completion:
         if sample.error is not None:
-            return Completion.failed(sample.error, len(row.ids))
+            return Completion.failed(sample.error, len(row.ids), self.spec.version)
         request = row.ticket.request if row.ticket is not None else None
         ids: Sequence[int] = sample.token_ids
         if request is not None and sample.finish_reason == "stop" and ids and ids[-1] in request.stop_ids:
@@ -354,22 +359,34 @@ class Session:
             len(row.ids),
             len(sample.token_ids),
             sample.logprobs,
+            model_version=self.spec.version,
         )
 
 
 class _Reporter:
-    """Counts rows as they come to an end and reports the difference."""
+    """Counts rows as they come to an end and reports the difference, and hands them out."""
 
-    def __init__(self, rows: Sequence[_Row], progress: Callable[[Progress], None] | None) -> None:
-        self._open, self._progress = list(rows), progress
+    def __init__(
+        self,
+        rows: Sequence[_Row],
+        progress: Callable[[Progress], None] | None,
+        finished: Callable[[Sequence[tuple[int, _Row]]], None] | None,
+    ) -> None:
+        self._open, self._progress, self._finished = list(enumerate(rows)), progress, finished
 
     def report(self) -> None:
+        if self._progress is None and self._finished is None:
+            return
+        over = [numbered for numbered in self._open if numbered[1].over]
+        if not over:
+            return
+        gone = {number for number, _ in over}
+        self._open = [numbered for numbered in self._open if numbered[0] not in gone]
+        if self._finished is not None:
+            self._finished(over)
         if self._progress is None:
             return
-        done = [row for row in self._open if row.ticket is None or row.ticket.done]
-        if not done:
-            return
-        self._open = [row for row in self._open if row.ticket is not None and not row.ticket.done]
+        done = [row for _, row in over]
         samples = [s for row in done for s in row.samples]
         self._progress(
             Progress(
@@ -382,17 +399,24 @@ class _Reporter:
 
 
 def _score(row: _Row) -> Score:
-    sample = None if row.ticket is None else row.ticket.samples[0]
-    error = row.error if sample is None else sample.error
-    if error is not None or sample is None or sample.scores is None:
+    sample, error = _outcome(row)
+    if sample is None or sample.scores is None:
         return Score(float("nan"), (), len(row.ids), error)
     return Score(float(np.sum(sample.scores)), sample.scores, len(row.ids))
 
 
-def _id(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise RowError(f"a prompt of token ids holds {value!r}, which is not an integer")
-    return int(value)
+def _embedding(row: _Row, hidden: int, normalize: bool) -> Embedding:
+    sample, error = _outcome(row)
+    if sample is None or sample.pooled is None:
+        return Embedding.failed(error or "the row was not run", hidden, len(row.ids))
+    return Embedding.of(sample.pooled, len(row.ids), normalize)
+
+
+def _outcome(row: _Row) -> tuple[Sample | None, str | None]:
+    """The one sample of a row that is done, or why it failed."""
+    sample = None if row.ticket is None else row.ticket.samples[0]
+    error = row.error if sample is None else sample.error
+    return (sample if error is None else None), error
 
 
 def end_tokens(checkpoint: Checkpoint, config: DecoderConfig) -> tuple[int, ...]:

@@ -12,12 +12,14 @@ from numbers import Integral, Real
 from typing import Any, Literal, TypeAlias
 
 __all__ = [
+    "URGENT",
     "Completion",
     "DaskLLMError",
     "FinishReason",
     "Message",
     "ModelError",
     "ModelSpec",
+    "Pooling",
     "Prompt",
     "RowError",
     "SamplingParams",
@@ -27,6 +29,10 @@ __all__ = [
 ]
 
 FinishReason: TypeAlias = Literal["stop", "length", "error"]
+Pooling: TypeAlias = Literal["mean", "last"]
+"""Which of a text's hidden states its embedding is made of: all of them, or the last token's."""
+URGENT = 1
+"""The priority of what somebody waits for, above a job's 0."""
 Message: TypeAlias = Mapping[str, Any]
 """One chat turn, ``{"role": ..., "content": ...}``, with whatever else the model's template reads."""
 
@@ -70,7 +76,12 @@ class ModelSpec:
         device: "auto" (a GPU where there is one), "cpu" or "cuda".
         kv_memory: bytes of KV cache per process; None takes a share of the memory that is free.
         identity: the checkpoint's, so that a changed directory is another model.
+        content: the checkpoint's, by which a process knows a copy of the directory from another model.
+        version: how many updates have brought other weights since the model was loaded.
+        copy: tells a model loaded from files anew from one that came from them and was updated since.
         stages: where its layers are, in order and each once; empty where each process holds all of them.
+        replicas: several such chains of stages in the place of one, each the whole model on workers of its
+            own; then ``stages`` is empty.
     """
 
     path: str
@@ -79,7 +90,30 @@ class ModelSpec:
     device: str = "auto"
     kv_memory: int | None = None
     identity: str = ""
+    content: str = ""
+    version: int = 0
+    copy: int = 0
     stages: tuple[StageSpec, ...] = ()
+    replicas: tuple[tuple[StageSpec, ...], ...] = ()
+
+    @property
+    def chains(self) -> tuple[ModelSpec, ...]:
+        """A specification with stages for each copy of the model; none where each process holds all layers.
+
+        >>> first, second = StageSpec("a", ("embed",)), StageSpec("b", ("embed",))
+        >>> both = ModelSpec(path="m", replicas=((first,), (second,)))
+        >>> [chain.stages[0].worker for chain in both.chains], ModelSpec(path="m").chains
+        (['a', 'b'], ())
+        """
+        if self.replicas:
+            return tuple(replace(self, stages=stages, replicas=()) for stages in self.replicas)
+        return (self,) if self.stages else ()
+
+    def with_chains(self, chains: Sequence[Sequence[StageSpec]]) -> ModelSpec:
+        """The same model with its layers on these chains of stages; at least one."""
+        if len(chains) == 1:
+            return replace(self, stages=tuple(chains[0]), replicas=())
+        return replace(self, stages=(), replicas=tuple(map(tuple, chains)))
 
 
 def _as_tuple(name: str, value: Any, kind: type, what: str) -> tuple[Any, ...]:
@@ -250,6 +284,7 @@ class Completion:
         completion_tokens: ``len(token_ids)``.
         logprobs: one entry per generated token when asked for.
         error: why the row failed, else None.
+        model_version: of the weights that it is from: 0 as loaded, n after the n-th update.
 
     Example:
         >>> Completion.failed("prompt is empty").finish_reason
@@ -263,8 +298,9 @@ class Completion:
     completion_tokens: int
     logprobs: tuple[TokenLogprob, ...] | None = None
     error: str | None = None
+    model_version: int = 0
 
     @classmethod
-    def failed(cls, error: str, prompt_tokens: int = 0) -> Completion:
+    def failed(cls, error: str, prompt_tokens: int = 0, model_version: int = 0) -> Completion:
         """The answer of a row that could not be answered."""
-        return cls(None, (), "error", prompt_tokens, 0, None, error)
+        return cls(None, (), "error", prompt_tokens, 0, None, error, model_version)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import dask
 import pytest
 from distributed import Client, LocalCluster
 
 from daskllm.runtime.process import close_session
 from tests.fake_session import FakeLLM, FakeSpec
+
+# No test finds what an earlier run has answered; the variable is for the processes that tests start.
+os.environ["DASK_DASKLLM__ANSWERS"] = "False"
+dask.config.set({"daskllm.answers": False})
 
 
 @pytest.fixture

@@ -15,6 +15,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
+
+from daskllm.metrics import EngineMetrics
+from daskllm.results import Embedding
 from daskllm.runtime.process import open_session, session_for
 from daskllm.types import Completion, ModelError, Prompt, RowError, SamplingParams, TokenLogprob
 
@@ -42,6 +46,10 @@ class FakeSpec:
         log: the file that the rows are written to.
         gate: rows wait until this file exists.
         broken: opening fails.
+        free: so many rows of a call are finished before the gate.
+        held: the gate is for the process alone whose id is in this file.
+        yields: the gate is not for urgent rows.
+        seconds: how long a call takes.
     """
 
     log: str
@@ -51,6 +59,27 @@ class FakeSpec:
     dtype: str = "none"
     device: str = "none"
     stages: tuple[()] = ()
+    chains: tuple[()] = ()
+    identity: str = "fake"
+    free: int = 0
+    held: str | None = None
+    yields: bool = False
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class FakeEncoded:
+    """A prompt whose ids are the bytes of its text."""
+
+    prompt: Prompt
+
+    @property
+    def ids(self) -> list[int]:
+        return list(str(self.prompt).encode("utf-8", "surrogatepass"))
+
+    @property
+    def error(self) -> str | None:
+        return str(self.prompt) if isinstance(self.prompt, RowError) else None
 
 
 class FakeTokenizer:
@@ -69,28 +98,39 @@ class FakeSession:
         self.running = 0
         self.most_running = 0
         self.interrupted = threading.Event()
+        self.metrics = EngineMetrics()
         self._lock = threading.Lock()
 
     def close(self) -> None:
         self.closed = True
 
+    def encode(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[FakeEncoded]:
+        return [FakeEncoded(prompt) for prompt in prompts]
+
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Prompt | FakeEncoded],
         params: SamplingParams,
         *,
         job_seed: int = 0,
         places: Sequence[tuple[int, ...]] | None = None,
+        priority: int = 0,
         progress: Callable[[Any], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
+        finished: Callable[[Sequence[tuple[int, list[Completion]]]], None] | None = None,
     ) -> list[list[Completion]]:
         self._enter(prompts)
         try:
-            self._wait(cancelled)
             out = []
+            time.sleep(self.spec.seconds)
             for i, prompt in enumerate(prompts):
+                if i == self.spec.free and not (self.spec.yields and priority > 0):
+                    self._wait(cancelled)
+                prompt = prompt.prompt if isinstance(prompt, FakeEncoded) else prompt
                 place = (i,) if places is None else places[i]
                 out.append([self._answer(prompt, params, job_seed, place, k) for k in range(params.n)])
+                if finished is not None:
+                    finished([(i, out[-1])])
             if progress is not None:
                 done = [c for samples in out for c in samples]
                 failed = sum(c.error is not None for c in done)
@@ -103,6 +143,7 @@ class FakeSession:
         self,
         prompts: Sequence[Prompt],
         *,
+        priority: int = 0,
         progress: Callable[[Any], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> list[FakeScore]:
@@ -112,6 +153,25 @@ class FakeSession:
             FakeScore(float("nan"), (), 0, str(p))
             if isinstance(p, RowError)
             else FakeScore(-float(len(p)), (-1.0,) * len(p), len(p))
+            for p in prompts
+        ]
+
+    def embed(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        pooling: str = "mean",
+        normalize: bool = True,
+        priority: int = 0,
+        progress: Callable[[Any], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> list[Embedding]:
+        self._enter(prompts)
+        self._leave()
+        return [
+            Embedding.failed(str(p), 2)
+            if isinstance(p, RowError)
+            else Embedding.of(np.array([len(p), 1.0]), len(p), normalize)
             for p in prompts
         ]
 
@@ -145,6 +205,8 @@ class FakeSession:
             self.running -= 1
 
     def _wait(self, cancelled: Callable[[], bool] | None) -> None:
+        if self.spec.held is not None and Path(self.spec.held).read_text() != str(os.getpid()):
+            return
         while self.spec.gate is not None and not Path(self.spec.gate).exists():
             if cancelled is not None and cancelled():
                 self.interrupted.set()
@@ -164,6 +226,7 @@ class FakeLLM:
     """A handle on a fake session."""
 
     spec: FakeSpec
+    answers: str | None = None
 
     def session(self) -> Any:
         return session_for(self.spec)  # type: ignore[arg-type]

@@ -107,6 +107,31 @@ def test_identity_changes_with_the_files_alone(single: Path) -> None:
     assert len({first, second, third, moved}) == 4
 
 
+def test_content_is_that_of_a_copy_and_of_no_other_weights(sharded: Path, whole_shards: Path) -> None:
+    first = open_checkpoint(whole_shards)
+    os.utime(sharded / "config.json", ns=(1, 1))
+    assert open_checkpoint(sharded).identity != first.identity
+    assert open_checkpoint(sharded).content() == first.content()
+    shard = min(sharded.glob("model-*.safetensors"))
+    held = load_file(shard)
+    name = max(held, key=lambda one: held[one].numel())
+    changed = held[name] * 1.01
+    save_file(held | {name: changed.to(held[name].dtype)}, shard, {"format": "pt"})
+    assert shard.stat().st_size == (whole_shards / shard.name).stat().st_size
+    second = open_checkpoint(sharded).content()
+    (sharded / "config.json").write_text((sharded / "config.json").read_text() + "\n")
+    assert len({first.content(), second, open_checkpoint(sharded).content()}) == 3
+
+
+def test_a_span_is_where_a_tensor_is(whole_shards: Path) -> None:
+    checkpoint = open_checkpoint(whole_shards)
+    for name in checkpoint.names:
+        file, start, stop = checkpoint.span(name)
+        content = bytearray(file.read_bytes()[start:stop])
+        tensor = torch.frombuffer(content, dtype=torch.bfloat16).reshape(checkpoint.shape(name))
+        assert torch.equal(tensor, checkpoint.tensor(name))
+
+
 def test_an_unknown_tensor_is_named(whole: Path) -> None:
     with pytest.raises(ModelError, match=r"no tensor 'nothing\.weight'"):
         open_checkpoint(whole).tensor("nothing.weight")

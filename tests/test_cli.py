@@ -77,6 +77,20 @@ def test_generate_gives_the_table_back_with_the_answers(model: str, table: Path,
     assert done["output"] == str(out)
 
 
+def test_generate_keeps_answers_unless_told_not_to(model: str, table: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "answers"
+    arguments = ["generate", "--model", model, "--input", table, "--prompt", "city", "--max-tokens", 2]
+    with dask.config.set({"daskllm.answers": str(kept)}):
+        assert run(*arguments, "--output", tmp_path / "one", "--no-answers").exit_code == 0
+        assert not kept.exists()
+        assert run(*arguments, "--output", tmp_path / "two").exit_code == 0
+        assert list(kept.rglob("*.arrow"))
+        assert run(*arguments, "--output", tmp_path / "three").exit_code == 0
+    answers = [pd.read_parquet(tmp_path / name) for name in ("one", "two", "three")]
+    pd.testing.assert_frame_equal(answers[0], answers[1])
+    pd.testing.assert_frame_equal(answers[0], answers[2])
+
+
 def test_many_partitions_come_back_in_order(model: str, tmp_path: Path) -> None:
     for number in range(12):
         rows = {"id": [2 * number, 2 * number + 1], "text": ["a", "b"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from dask.distributed import Client
+from dask.utils import key_split
 
+from daskllm.runtime.slices import SLICES
 from daskllm.types import SamplingParams
 from tests.fake_session import FakeLLM
 
@@ -186,8 +189,39 @@ def test_names_are_hashes_of_the_question(fake: FakeLLM, table: pd.DataFrame) ->
 
 def test_keys_begin_with_the_kind_of_call(fake: FakeLLM, table: pd.DataFrame) -> None:
     frame = dask_table(table)
-    for kind in ("generate", "chat", "score"):
+    for kind in ("generate", "chat", "score", "embed"):
         assert getattr(frame.llm, kind)(fake, "text")._name.startswith(f"{kind}-")
+
+
+def test_slices_are_tasks_of_their_own_and_the_rest_is_fused(fake: FakeLLM, table: pd.DataFrame) -> None:
+    out = dask_table(table).assign(more=1).llm.generate(fake, "text").assign(length=0)
+    keys = Counter(key_split(key) for key in out.optimize().__dask_graph__())
+    slices = keys.pop("generate")
+    assert slices == 3 * SLICES
+    # The read, the cut, and the merge with what comes after it.
+    assert sum(keys.values()) == 4 * 3
+    assert keys["generate-cut"] == 3
+    pd.testing.assert_frame_equal(
+        out.compute()[["id", "generated"]], table.llm.generate(fake, "text")[["id", "generated"]]
+    )
+
+
+def test_parts_of_a_table_are_cut_alone(fake: FakeLLM, table: pd.DataFrame) -> None:
+    """Dask takes the head, the tail and a partition of a filter on the answers from below the slices."""
+    out = dask_table(table, 4).llm.generate(fake, "text")
+    kept = out[out.generated != "<row 0>"]
+    assert list(kept.head(2)["id"]) == [1, 2]
+    assert list(kept.tail(2)["id"]) == [38, 39]
+    assert fake.rows == 20
+    assert list(kept.partitions[[1, 2]].compute()["id"]) == list(range(10, 30))
+    assert fake.rows == 40
+
+
+def test_answers_of_answers(fake: FakeLLM, table: pd.DataFrame) -> None:
+    out = dask_table(table).llm.generate(fake, "text").llm.generate(fake, "generated", output="again")
+    answers = out.compute()
+    assert list(answers["again"].dropna()) == [f"<<row {i}>>" for i in range(40) if i not in (3, 17)]
+    assert out.divisions == dask_table(table).divisions
 
 
 def test_the_graph_holds_no_model(fake: FakeLLM) -> None:

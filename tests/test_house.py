@@ -14,7 +14,19 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "daskllm"
 FILES = sorted(PACKAGE.rglob("*.py"))
-ABOVE_RUNTIME = ("runtime", "dashboard", "jobs", "frame", "llm", "bench", "demo", "tables", "cli", "__main__")
+ABOVE_RUNTIME = (
+    "runtime",
+    "dashboard",
+    "jobs",
+    "frame",
+    "llm",
+    "texts",
+    "bench",
+    "demo",
+    "tables",
+    "cli",
+    "__main__",
+)
 LONGEST = 450
 
 

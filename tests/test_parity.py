@@ -26,7 +26,8 @@ def prompts(vocab: int) -> list[list[int]]:
 def all_logits(session: Session, ids: list[int]) -> torch.Tensor:
     """Logits at every position of one sequence, in one prefill."""
     blocks = list(range(blocks_for(len(ids))))
-    return session.engine.runner.run(Batch.of([Chunk(ids, 0, blocks, len(ids))]))
+    runner = session.engine.runner
+    return runner.logits(runner.run(Batch.of([Chunk(ids, 0, blocks, range(len(ids)))])))
 
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)

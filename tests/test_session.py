@@ -296,3 +296,34 @@ def test_a_short_stop_string_before_min_tokens_stays_passed() -> None:
     ended = [watcher.push(list(text[: i + 1])) for i in range(len(text))]
     assert ended.index(True) == 6
     assert watcher.cut == "xxaxby"
+
+
+def test_urgent_rows_go_before_those_that_wait(session: Session) -> None:
+    """A call beside a job of far more rows than run together: it is back when most of them still wait."""
+    done: list[int] = []
+    given_up = threading.Event()
+    began = threading.Event()
+
+    def job() -> None:
+        def count(progress: Progress) -> None:
+            done.append(progress.rows)
+
+        def unwanted() -> bool:
+            began.set()
+            return given_up.is_set()
+
+        params = SamplingParams(max_tokens=100, ignore_eos=True)
+        with pytest.raises(InterruptedError):
+            session.generate(["job"] * 4000, params, progress=count, cancelled=unwanted)
+
+    thread = threading.Thread(target=job)
+    thread.start()
+    try:
+        assert began.wait(30)
+        params = SamplingParams(max_tokens=2, ignore_eos=True)
+        [[answer]] = session.generate(["call"], params, priority=1)
+        assert answer.completion_tokens == 2
+        assert sum(done) < 2000
+    finally:
+        given_up.set()
+        thread.join()

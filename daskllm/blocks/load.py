@@ -58,6 +58,7 @@ def load_layers(
     if "head" in wanted:
         _check_tied(checkpoint, config, found)
     made = _held_twin(config, found, model, version, store, device, dtype)
+    checkpoint.fetch({s.name for layer in wanted for s in found[layer].values() if s not in made})
     ready: dict[BlockKey, array.Block] = {}
     for layer in wanted:
         for name, block in _layer(checkpoint, found[layer], made, device, dtype).items():

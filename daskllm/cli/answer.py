@@ -14,6 +14,7 @@ from rich.table import Table
 
 from daskllm import demo as bundled
 from daskllm.cli.options import (
+    answers_option,
     cluster_options,
     failures,
     given,
@@ -55,6 +56,7 @@ MARKER = "_daskllm_demo"
 @loading_options
 @click.option("--scheduler", help="Address of a running Dask scheduler, such as tcp://10.0.0.1:8786.")
 @cluster_options
+@answers_option
 @sampling_options
 @json_option
 def generate(
@@ -72,6 +74,7 @@ def generate(
     scheduler: str | None,
     workers: int | None,
     threads: int | None,
+    forget: bool,
     as_json: bool,
     **sampling: Any,
 ) -> None:
@@ -83,13 +86,19 @@ def generate(
             slots = sum(client.nthreads().values()) if client else THREADS_PER_WORKER
             frame, rows, kinds = read_tables(inputs, slots)
             llm = load(
-                model, revision=revision, dtype=dtype, device=device, kv_memory=kv_memory, client=client
+                model,
+                revision=revision,
+                dtype=dtype,
+                device=device,
+                kv_memory=kv_memory,
+                client=client,
+                answers=None if forget else "auto",
             )
             ask = frame.llm.chat if chat else frame.llm.generate
             with known_columns():
                 answered = ask(llm, prompt, output=column, system=system, **chosen)
-            seconds = write(answered, target, client, rows, kinds)
-        close(summary(target, column, seconds), as_json)
+            took = write(answered, target, client, rows, kinds)
+        close(summary(target, column, *took), as_json)
 
 
 @click.command()
@@ -104,13 +113,13 @@ def demo(output: str, as_json: bool) -> None:
         target = own_directory(Path(output), 4 * workers)
         with local_cluster(workers, THREADS_PER_WORKER) as client:
             console.print(f"{workers} workers; Dask dashboard: {client.dashboard_link}", highlight=False)
-            llm = load(str(bundled.model_path()), client=client)
+            llm = load(str(bundled.model_path()), client=client, answers=None)
             frame = dd.from_pandas(table, npartitions=4 * workers)
             answered = frame.llm.chat(llm, "prompt", max_tokens=64)
-            seconds = write(answered, target, client, len(table))
+            took = write(answered, target, client, len(table))
         answers = pd.read_parquet(target)
         console.print(answer_table(answers))
-        close({**summary(target, "generated", seconds), "right": bundled.share_right(answers)}, as_json)
+        close({**summary(target, "generated", *took), "right": bundled.share_right(answers)}, as_json)
 
 
 def own_directory(output: Path, parts: int) -> Path:

@@ -14,6 +14,7 @@ from daskllm.types import DaskLLMError, SamplingParams
 
 __all__ = [
     "all_of",
+    "answers_option",
     "cluster_options",
     "failures",
     "given",
@@ -83,6 +84,12 @@ loading_options = all_of(
     ),
     click.option("--device", default="auto", help="cpu, cuda or auto."),
     click.option("--kv-memory", default="auto", help="Of the KV cache in each process, such as 2GiB."),
+)
+answers_option = click.option(
+    "--no-answers",
+    "forget",
+    is_flag=True,
+    help="Neither look up what was answered before nor keep what is answered now.",
 )
 cluster_options = all_of(
     click.option("--workers", type=click.IntRange(1), help="Run on a local cluster of so many processes."),

@@ -70,22 +70,27 @@ def running_on(scheduler: str | None, workers: int | None, threads: int | None) 
 
 
 @contextmanager
-def progress_bar(rows: int, client: Client | None) -> Iterator[None]:
-    """A bar of rows with tokens per second and errors, while the block runs."""
+def progress_bar(rows: int, client: Client | None) -> Iterator[list[int]]:
+    """A bar of rows with tokens per second and errors, while the block runs.
+
+    Yields how many rows were remembered, report by report.
+    """
     begun, tokens, errors = time.perf_counter(), 0, 0
+    remembered: list[int] = []
     with tqdm(total=rows, unit="row", dynamic_ncols=True) as bar:
 
         def advance(new: Increment) -> None:
             nonlocal tokens, errors
             tokens += new.output_tokens
             errors += new.errors
+            remembered.append(new.remembered)
             speed = tokens / (time.perf_counter() - begun)
             bar.set_postfix_str(f"{speed:,.0f} tokens/s, {errors} errors", refresh=False)
             # A row that a lost worker had answered is reported again by the next.
             bar.update(min(new.rows, rows - bar.n))
 
         with follow(client, advance):
-            yield
+            yield remembered
         bar.update(rows - bar.n)  # the last reports may still be on their way
 
 
@@ -104,8 +109,8 @@ def write(
     client: Client | None,
     rows: int,
     kinds: Mapping[str, pa.DataType] | None = None,
-) -> float:
-    """Compute and write a frame as Parquet, a file per partition; the seconds it took.
+) -> tuple[float, int]:
+    """Compute and write a frame as Parquet, a file per partition; the seconds it took, the rows remembered.
 
     Args:
         kinds: what columns of Python objects hold, where that is not text.
@@ -119,12 +124,12 @@ def write(
         schema=_schema(answered, kinds) if kinds else "infer",
         compute=False,
     )
-    with progress_bar(rows, client):
+    with progress_bar(rows, client) as remembered:
         if client is None:
             task.compute(scheduler="threads")
         else:
             client.compute(task).result()
-    return time.perf_counter() - begun
+    return time.perf_counter() - begun, min(sum(remembered), rows)
 
 
 def _schema(frame: dd.DataFrame, kinds: Mapping[str, pa.DataType]) -> pa.Schema:
@@ -136,8 +141,11 @@ def _schema(frame: dd.DataFrame, kinds: Mapping[str, pa.DataType]) -> pa.Schema:
     return pa.schema([(name, types[name]) for name in names])
 
 
-def summary(output: Path, column: str, seconds: float) -> dict[str, Any]:
-    """What was written: rows, errors, tokens and speed, read back from the files."""
+def summary(output: Path, column: str, seconds: float, remembered: int) -> dict[str, Any]:
+    """What was written: rows, errors, tokens and speed, read back from the files.
+
+    Rows that were remembered took no time, so that with any of them there is no speed.
+    """
     counted = [f"{column}_finish_reason", f"{column}_prompt_tokens", f"{column}_completion_tokens"]
     written = pd.read_parquet(output, columns=counted)
     tokens = int(written[counted[2]].sum())
@@ -147,16 +155,19 @@ def summary(output: Path, column: str, seconds: float) -> dict[str, Any]:
         "prompt_tokens": int(written[counted[1]].sum()),
         "out_tokens": tokens,
         "seconds": round(seconds, 3),
-        "out_tokens_per_s": round(tokens / seconds, 1),
+        "out_tokens_per_s": None if remembered else round(tokens / seconds, 1),
+        "remembered": remembered,
         "output": str(output),
     }
 
 
 def closing_line(done: Mapping[str, Any]) -> str:
     """``12 rows, 340 tokens in 1.2 s, 283 tokens/s, 0 errors``, and the share of right answers if known."""
+    speed = done["out_tokens_per_s"]
     line = (
         f"{done['rows']:,} rows, {done['out_tokens']:,} tokens in {done['seconds']:.1f} s, "
-        f"{done['out_tokens_per_s']:,.0f} tokens/s, {done['errors']:,} errors"
+        + (f"{done['remembered']:,} rows remembered" if speed is None else f"{speed:,.0f} tokens/s")
+        + f", {done['errors']:,} errors"
     )
     return line + (f", {done['right']:.1%} right" if "right" in done else "")
 

@@ -25,13 +25,13 @@ class Angles:
     def __init__(self, config: DecoderConfig, device: str) -> None:
         self._device = device
         self._lock = threading.Lock()
+        self._rotary = config.rope is not None
         self._table: tuple[torch.Tensor, torch.Tensor] | None = None
         if config.rope is not None:
             frequencies, self._factor = inverse_frequencies(
                 config.rope, config.head_dim, config.max_positions
             )
             self._frequencies = torch.from_numpy(frequencies)
-            self._table = self._made(_FIRST)
 
     def _made(self, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
         angles = torch.arange(positions, dtype=torch.float32)[:, None] * self._frequencies
@@ -40,7 +40,11 @@ class Angles:
 
     def upto(self, positions: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The tables, at least ``positions`` long; None for a model without rotary positions."""
+        if not self._rotary:
+            return None
         with self._lock:
-            if self._table is not None and self._table[0].shape[0] < positions:
-                self._table = self._made(max(positions, 2 * self._table[0].shape[0]))
+            # Made by who runs the layers: OpenMP threads of whoever opens the model would stay beside theirs.
+            known = 0 if self._table is None else self._table[0].shape[0]
+            if self._table is None or known < positions:
+                self._table = self._made(max(positions, 2 * known, _FIRST))
             return self._table

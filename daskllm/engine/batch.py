@@ -27,13 +27,13 @@ class Chunk:
         tokens: their ids.
         start: the position of the first; all positions before it are in the cache.
         blocks: the sequence's block table, long enough for the last token.
-        logits: how many of the chunk's last rows want logits (0: none).
+        wanted: which of them somebody waits for, as places in ``tokens``.
     """
 
     tokens: Sequence[int]
     start: int
     blocks: Sequence[int]
-    logits: int = 1
+    wanted: range = range(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Batch:
         tables: int64 [chunks, longest table], block ids, padded with 0 and never read there.
         tiles: int64 [tiles, 4], (chunk, first row, rows, first position): runs of one chunk's rows that
             read keys together.
-        logit_rows: int64 [wanted], rows whose logits are wanted, in chunk order.
+        wanted: int64 [wanted], rows that somebody waits for behind the last layer, in chunk order.
     """
 
     tokens: torch.Tensor
@@ -55,7 +55,7 @@ class Batch:
     slots: torch.Tensor
     tables: torch.Tensor
     tiles: torch.Tensor
-    logit_rows: torch.Tensor
+    wanted: torch.Tensor
 
     @classmethod
     def of(cls, chunks: Sequence[Chunk], device: torch.device | str = "cpu") -> Batch:
@@ -68,7 +68,7 @@ class Batch:
         positions: list[int] = []
         slots: list[int] = []
         tiles: list[tuple[int, int, int, int]] = []
-        logit_rows: list[int] = []
+        wanted: list[int] = []
         for number, chunk in enumerate(chunks):
             row, count = len(tokens), len(chunk.tokens)
             tokens.extend(chunk.tokens)
@@ -79,11 +79,11 @@ class Batch:
             tiles.extend(
                 (number, row + i, min(_TILE, count - i), chunk.start + i) for i in range(0, count, _TILE)
             )
-            logit_rows.extend(range(row + count - chunk.logits, row + count))
+            wanted.extend(row + place for place in chunk.wanted)
         width = max(len(chunk.blocks) for chunk in chunks)
         tables = [[*chunk.blocks, *[0] * (width - len(chunk.blocks))] for chunk in chunks]
 
         def tensor(values: object) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.int64).to(device)
 
-        return cls(*map(tensor, (tokens, positions, slots, tables, tiles, logit_rows)))
+        return cls(*map(tensor, (tokens, positions, slots, tables, tiles, wanted)))

@@ -4,10 +4,10 @@ Events go in (`add`, `abort`, `advance`), decisions come out (`schedule`). It kn
 threads, so that its tests need no model. One step holds a decode token of every running sequence and, up
 to a token budget, chunks of prompts (Yu et al. 2022, Orca; Agrawal et al. 2023, chunked prefill).
 
-When blocks run out, the sequence that came last gives all of its own back and waits at the head of the
-queue; it keeps its tokens and runs them again as a prompt. A sequence is admitted only while the blocks of
-its whole prompt are free beyond what the running ones need for their next token, so that admission does
-not itself cause the next preemption.
+Queue and batch are in the order of priority and, within it, of arrival. When blocks run out, the last of the
+batch gives all of its own back and waits at the head of its priority's queue; it keeps its tokens and runs
+them again as a prompt. A sequence is admitted only while the blocks of its whole prompt are free beyond what
+the running ones need for their next token, so that admission does not itself cause the next preemption.
 
 Where a model's layers are spread over several processes, several steps are under way at once. Each takes its
 share of the sequences that are in none; what a step holds, nobody touches until it has landed. So rows even
@@ -16,6 +16,7 @@ out between steps by themselves, and one pool of blocks serves all.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -82,8 +83,11 @@ class Batcher:
     preemptions: int = 0
 
     def add(self, sequence: SequenceState) -> None:
-        """Queue a sequence."""
-        self.waiting.append(sequence)
+        """Queue a sequence, behind all that have its priority."""
+        if not self.waiting or _rank(self.waiting[-1]) <= _rank(sequence):
+            self.waiting.append(sequence)  # as nearly always
+        else:
+            bisect.insort(self.waiting, sequence, key=_rank)
 
     def abort(self, doomed: Callable[[SequenceState], bool]) -> int:
         """Drop every sequence that ``doomed`` picks, wherever it is; how many there were.
@@ -119,12 +123,12 @@ class Batcher:
         """
         whole, rest = divmod(parent.computed, BLOCK_SIZE)
         if len(self.running) >= self.max_sequences or (rest and not self.pool.free):
-            self.waiting.appendleft(child)
+            self._add_again(child)
             return None
         shared = parent.blocks[:whole]
         self.pool.share(shared)
         child.blocks, child.computed = list(shared), parent.computed
-        self.running.append(child)
+        bisect.insort(self.running, child, key=_rank)
         if not rest:
             return None
         child.blocks.append(self.pool.take())
@@ -165,7 +169,7 @@ class Batcher:
             if need + more > self.pool.free - self._growth():
                 break
             self.waiting.popleft()
-            self.running.append(sequence)
+            bisect.insort(self.running, sequence, key=_rank)
             # The whole prompt's blocks at once: a chunked prompt can then always be finished.
             self._grow(sequence, len(sequence.tokens))
             chunks.append(ScheduledChunk(sequence, min(sequence.remaining, budget)))
@@ -207,10 +211,15 @@ class Batcher:
 
     def _preempt(self, sequence: SequenceState) -> None:
         self._release(sequence)
-        sequence.scores.clear()  # they are taken again with the tokens
+        sequence.rewind()
         self.running.remove(sequence)
-        self.waiting.appendleft(sequence)
+        self._add_again(sequence)
         self.preemptions += 1
+
+    def _add_again(self, sequence: SequenceState) -> None:
+        """Queue a sequence that was admitted before, ahead of all that have its priority."""
+        place = bisect.bisect_left(self.waiting, _rank(sequence), key=_rank)
+        self.waiting.insert(place, sequence)
 
     def _release(self, sequence: SequenceState) -> None:
         self.pool.release(sequence.blocks)
@@ -222,3 +231,7 @@ class Batcher:
             f"{len(sequence.tokens)} tokens do not fit the KV cache, which holds "
             f"{self.pool.size * BLOCK_SIZE}; give load() a larger kv_memory"
         )
+
+
+def _rank(sequence: SequenceState) -> int:
+    return -sequence.request.priority

@@ -21,7 +21,7 @@ import torch
 from daskllm.engine import sampler
 from daskllm.engine.batch import Batch, Chunk
 from daskllm.engine.batcher import Batcher, ScheduledChunk, Step
-from daskllm.engine.runner import Runner
+from daskllm.engine.runner import LOGIT_ROWS, Runner
 from daskllm.engine.sequence import Request, Sample, SequenceState
 from daskllm.engine.stage import Flight
 from daskllm.metrics import EngineMetrics, StepRecord
@@ -246,40 +246,65 @@ class Engine:
         began = time.monotonic() if began is None else began
         flight = under.flight
         self.runner.cache.copy(flight.copies)
-        logits = self.runner.run(flight.batch) if hidden is None else self.runner.run(flight.batch, hidden)
+        last = self.runner.run(flight.batch) if hidden is None else self.runner.run(flight.batch, hidden)
         decode = sum(c.count == 1 and c.sequence.produced > 0 for c in under.step.chunks)
-        callers = self._deal(under.step, logits)
+        callers = self._deal(under.step, last)
         self._record(under.step, decode, under.seconds + time.monotonic() - began, callers)
 
-    def _deal(self, step: Step, logits: torch.Tensor) -> int:
-        """Choose tokens and hand them out; how many callers had rows in the step."""
-        callers = {c.sequence.request.caller for c in step.chunks}
-        choosing: list[SequenceState] = []
-        rows: list[int] = []
-        row = 0
+    def _deal(self, step: Step, hidden: torch.Tensor) -> int:
+        """Give every row to who waits for it; how many callers had rows in the step.
+
+        Args:
+            hidden: the last hidden states of the wanted rows; only some of them need logits.
+        """
+        choosing: list[tuple[int, SequenceState]] = []
+        scoring: list[tuple[int, SequenceState, int]] = []
+        whole: list[SequenceState] = []
+        end = 0
         for chunk in step.chunks:
-            sequence = chunk.sequence
+            sequence, kind = chunk.sequence, chunk.sequence.request.kind
+            rows = range(end, end + len(_wanted(chunk)))
+            end = rows.stop
             if sequence.dropped:
-                row += _wanted(chunk)
-            elif sequence.request.score:
-                row = self._score(chunk, logits, row)
-            elif chunk.completes:
-                family = self._samples_of(sequence)
-                choosing += family
-                rows += [row] * len(family)
-                row += 1
-        finished_prompts = [c for c in step.chunks if c.completes and not c.sequence.dropped]
+                continue
+            if kind == "generate":
+                choosing += [(row, one) for row in rows for one in self._samples_of(sequence)]
+                continue
+            if kind == "score":
+                first = sequence.computed + 1
+                targets = sequence.tokens[first : first + len(rows)]
+                scoring += [(row, sequence, token) for row, token in zip(rows, targets, strict=True)]
+            else:
+                sequence.pool(hidden[rows.start : end].double().cpu().numpy())
+            if chunk.completes:
+                whole.append(sequence)
+        self._score(scoring, hidden)
         self.batcher.advance(step)
         if choosing:
-            as_they_are = rows == list(range(logits.shape[0]))
-            tokens = sampler.choose(logits if as_they_are else logits[rows], choosing)
-            # Siblings before their parent: it may end with its first token, and they start on its blocks.
-            for sequence, token in zip(reversed(choosing), reversed(tokens), strict=True):
-                self._extend(sequence, token)
-        for chunk in finished_prompts:
-            if chunk.sequence.request.score and not chunk.sequence.remaining:
-                self._finish(chunk.sequence, chunk.sequence.finished("length"))
-        return len(callers)
+            self._choose(choosing, hidden)
+        for sequence in whole:
+            self._finish(sequence, sequence.finished("length"))
+        return len({c.sequence.request.caller for c in step.chunks})
+
+    def _choose(self, choosing: Sequence[tuple[int, SequenceState]], hidden: torch.Tensor) -> None:
+        """The next token of sequences from their rows of ``hidden``; samples of one prompt share its row."""
+        rows = list(dict.fromkeys(row for row, _ in choosing))
+        logits = self.runner.logits(hidden if len(rows) == len(hidden) else hidden[rows])
+        if len(rows) < len(choosing):
+            places = {row: place for place, row in enumerate(rows)}
+            logits = logits[[places[row] for row, _ in choosing]]
+        tokens = sampler.choose(logits, [sequence for _, sequence in choosing])
+        # Siblings before their parent: it may end with its first token, and they start on its blocks.
+        for (_, sequence), token in zip(reversed(choosing), reversed(tokens), strict=True):
+            self._extend(sequence, token)
+
+    def _score(self, scoring: Sequence[tuple[int, SequenceState, int]], hidden: torch.Tensor) -> None:
+        """Note how likely each row makes the token after it; no more logits are held than it takes."""
+        for start in range(0, len(scoring), LOGIT_ROWS):
+            rows, sequences, targets = zip(*scoring[start : start + LOGIT_ROWS], strict=True)
+            scores = sampler.token_scores(self.runner.logits(hidden[list(rows)]), targets)
+            for sequence, score in zip(sequences, scores, strict=True):
+                sequence.scores.append(score)
 
     def _samples_of(self, sequence: SequenceState) -> list[SequenceState]:
         """The sequences that choose from this row: itself, and its siblings when its prompt is done."""
@@ -310,14 +335,6 @@ class Engine:
             self.batcher.waiting.appendleft(sibling)
         elif (copy := self.batcher.fork(parent, sibling)) is not None:
             self._copies.append(copy)
-
-    def _score(self, chunk: ScheduledChunk, logits: torch.Tensor, row: int) -> int:
-        sequence = chunk.sequence
-        first = sequence.computed + 1
-        targets = sequence.tokens[first : first + chunk.count]
-        if targets:
-            sequence.scores += sampler.token_scores(logits[row : row + len(targets)], targets)
-        return row + chunk.count
 
     def _finish(self, sequence: SequenceState, sample: Sample) -> None:
         self.batcher.finish(sequence)
@@ -354,6 +371,11 @@ def _chunk(scheduled: ScheduledChunk) -> Chunk:
     return Chunk(sequence.tokens[start:end], start, sequence.blocks, _wanted(scheduled))
 
 
-def _wanted(scheduled: ScheduledChunk) -> int:
-    """How many of the chunk's rows want logits."""
-    return scheduled.count if scheduled.sequence.request.score else int(scheduled.completes)
+def _wanted(scheduled: ScheduledChunk) -> range:
+    """The chunk's rows whose last hidden states somebody waits for."""
+    request, count, completes = scheduled.sequence.request, scheduled.count, scheduled.completes
+    if request.kind == "score":  # nothing comes after the last token that could be scored
+        return range(count - completes)
+    if request.kind == "embed" and request.pooling == "mean":
+        return range(count)
+    return range(count - completes, count)

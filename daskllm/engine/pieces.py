@@ -61,7 +61,8 @@ def run_layer(
     tokens = [int(t) for t in given] if name == "embed" else [0] * count
     batch = _batch(model, tokens, start)
     hidden = None if name == "embed" else _in(model, given)
-    out = _out(runner.run(batch, hidden))
+    rows = runner.run(batch, hidden)
+    out = _out(runner.logits(rows) if name == "head" else rows)
     if name == "embed":
         empty = np.zeros(0, np.float32)
         return out, Past(start + count, empty, empty)
@@ -80,7 +81,7 @@ def _cache(model: ResidentModel, layers: int, positions: int, past: Past | None)
 
 def _batch(model: ResidentModel, tokens: Sequence[int], start: int = 0) -> Batch:
     blocks = range(blocks_for(start + len(tokens)))
-    return Batch.of([Chunk(tokens, start, blocks, len(tokens))], model.device)
+    return Batch.of([Chunk(tokens, start, blocks, range(len(tokens)))], model.device)
 
 
 def _in(model: ResidentModel, array: Array | Sequence[Any]) -> torch.Tensor:

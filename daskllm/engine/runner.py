@@ -1,8 +1,9 @@
 """The decoder's forward pass over one ragged batch, for any consecutive run of its layers.
 
 It reads a `DecoderConfig` and its own layers, and knows no family, no request and no block table beyond the
-batch's. A runner with all layers turns tokens into logits; one with some of them takes and gives the residual
-stream, which is all that passes between stages.
+batch's. A runner with all layers turns tokens into the last hidden states of the rows that are wanted, and
+those into logits where somebody asks; one with some of them takes and gives the residual stream, which is all
+that passes between stages.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from daskllm.engine.kvcache import KVCache
 from daskllm.engine.layers import DecoderLayer, Embedding, Head, Layer, Norm
 from daskllm.models import DecoderConfig
 
-__all__ = ["Runner"]
+__all__ = ["LOGIT_ROWS", "Runner"]
 
-_LOGIT_ROWS = 256  # at a time: float32 logits of a large vocabulary are the widest thing a step makes
+LOGIT_ROWS = 256
+"""Rows at a time: float32 logits of a large vocabulary are the widest thing a step makes."""
 
 
 class Runner:
@@ -61,7 +63,8 @@ class Runner:
                 It is overwritten.
 
         Returns:
-            float32 logits ``[wanted rows, vocab]`` where "head" is here, else the residual stream.
+            The wanted rows behind the model's last norm, ``[wanted, hidden]``, where "head" is here; else the
+            residual stream. Both in the type that the model computes in.
         """
         config, kernels = self.config, self.kernels
         if hidden is None:
@@ -78,7 +81,19 @@ class Runner:
             delta = kernels.linear(inner, layer.down)
         if self._head is None:
             return hidden if delta is None else hidden.add_(delta)
-        return self._logits(batch, hidden, delta)
+        rows = batch.wanted
+        if not rows.numel():
+            return hidden[:0]
+        return self._normed(None if delta is None else delta[rows], hidden[rows], self._head.norm)
+
+    @torch.inference_mode()
+    def logits(self, normed: torch.Tensor) -> torch.Tensor:
+        """Float32 logits ``[rows, vocab]`` of rows that `run` gave, by the runner that has "head"."""
+        assert self._head is not None, "a stage without 'head' has no logits"
+        logits = torch.empty((len(normed), self.config.vocab_size), device=normed.device)
+        for part, out in zip(normed.split(LOGIT_ROWS), logits.split(LOGIT_ROWS), strict=True):
+            out.copy_(self.kernels.linear(part, self._head.lm_head))
+        return logits
 
     def _embed(self, batch: Batch) -> torch.Tensor:
         assert self._embedding is not None, "a stage without 'embed' needs the hidden states before it"
@@ -91,14 +106,3 @@ class Runner:
         return self.kernels.add_norm(
             delta, hidden, norm.weight, norm.bias, self.config.norm_eps, self.config.norm
         )
-
-    def _logits(self, batch: Batch, hidden: torch.Tensor, delta: torch.Tensor | None) -> torch.Tensor:
-        assert self._head is not None
-        rows = batch.logit_rows
-        if not rows.numel():
-            return torch.empty((0, self.config.vocab_size))
-        x = self._normed(None if delta is None else delta[rows], hidden[rows], self._head.norm)
-        logits = torch.empty((len(x), self.config.vocab_size), device=x.device)
-        for part, out in zip(x.split(_LOGIT_ROWS), logits.split(_LOGIT_ROWS), strict=True):
-            out.copy_(self.kernels.linear(part, self._head.lm_head))
-        return logits

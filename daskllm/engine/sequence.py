@@ -11,12 +11,16 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
-from daskllm.types import FinishReason, SamplingParams, TokenLogprob
+from daskllm.types import FinishReason, Pooling, SamplingParams, TokenLogprob
 
 __all__ = ["Request", "Sample", "SequenceState", "random_stream"]
+
+Vector: TypeAlias = npt.NDArray[np.float64]
 
 
 def random_stream(seed: int, *parts: Sequence[int]) -> np.random.Generator:
@@ -42,7 +46,10 @@ class Request:
         stream_key: (seed, lists of integers) of the row's draws, the sample number not included.
         on_token: called in the engine's thread as ``on_token(sample, output ids)`` after each new token;
             True ends the sample with "stop".
-        score: no generation: the log-probability of every prompt token after the first.
+        kind: "generate"; or no generation: "score" is the log-probability of every prompt token after the
+            first, "embed" the prompt's hidden states pooled.
+        pooling: how "embed" pools.
+        priority: waits before those with a lower one, and gives its blocks up after them.
         caller: whose request this is; rows of several callers share steps.
     """
 
@@ -51,18 +58,24 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     stream_key: tuple[int, tuple[Sequence[int], ...]] = (0, ())
     on_token: Callable[[int, Sequence[int]], bool] | None = None
-    score: bool = False
+    kind: Literal["generate", "score", "embed"] = "generate"
+    pooling: Pooling = "mean"
+    priority: int = 0
     caller: object = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Sample:
-    """What became of one sample of a request; ``error`` says why a "error" one ended."""
+    """What became of one sample of a request; ``error`` says why a "error" one ended.
+
+    ``scores`` is of a "score" request, ``pooled`` (float64 [hidden]) of an "embed" one.
+    """
 
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     logprobs: tuple[TokenLogprob, ...] | None = None
     scores: tuple[float, ...] | None = None
+    pooled: Vector | None = None
     error: str | None = None
 
 
@@ -76,6 +89,7 @@ class SequenceState:
         tokens: prompt and output ids.
         computed: how many of them have their keys and values in the cache.
         blocks: its block table.
+        scores, hidden: what its prompt has given so far: log-probabilities, the sum of its hidden states.
         counts: how often each id stands in the output, for the penalties.
         flying: whether a step that it is in is under way.
         dropped: nobody waits for it any more; it goes when its step has landed.
@@ -88,6 +102,7 @@ class SequenceState:
     blocks: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
+    hidden: Vector | None = None
     counts: Counter[int] = field(default_factory=Counter)
     generator: np.random.Generator | None = None
     flying: bool = False
@@ -117,9 +132,22 @@ class SequenceState:
         """Tokens that still have to run before the next one can be chosen."""
         return len(self.tokens) - self.computed
 
+    def pool(self, rows: Vector) -> None:
+        """Add hidden states ``[rows, hidden]`` of its prompt, in the order of its tokens."""
+        for row in rows:  # one by one: where chunks begin and end must not show in the sum
+            self.hidden = row if self.hidden is None else self.hidden + row
+
+    def rewind(self) -> None:
+        """Forget what its tokens gave besides the output, since they run again."""
+        self.scores.clear()
+        self.hidden = None
+
     def finished(self, reason: FinishReason, error: str | None = None) -> Sample:
         """The sample as its caller gets it."""
         request = self.request
         logprobs = tuple(self.logprobs) if request.params.logprobs is not None else None
-        scores = tuple(self.scores) if request.score else None
-        return Sample(tuple(self.output), reason, logprobs, scores, error)
+        scores = tuple(self.scores) if request.kind == "score" else None
+        pooled = self.hidden
+        if pooled is not None and request.pooling == "mean":
+            pooled = pooled / len(request.prompt)
+        return Sample(tuple(self.output), reason, logprobs, scores, pooled, error)

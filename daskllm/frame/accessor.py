@@ -13,6 +13,7 @@ import pandas as pd
 from dask.dataframe.extensions import register_dataframe_accessor
 
 from daskllm.frame.ask import Handle, ask_table, call_over
+from daskllm.types import Pooling
 
 __all__ = ["DaskAccessor", "PandasAccessor"]
 
@@ -30,6 +31,7 @@ class _Accessor(Generic[Table]):
         output: str = "generated",
         system: str | None = None,
         examples: Sequence[tuple[Any, str]] | None = None,
+        model_version: bool = False,
         **sampling: Any,
     ) -> Table:
         """The table with an answer to every row.
@@ -46,12 +48,15 @@ class _Accessor(Generic[Table]):
             system: what stands before every prompt.
             examples: (input, output) pairs shown before every prompt; an input is text, or a mapping that
                 fills the template as a row does.
+            model_version: whether to say which version of the weights answered each row.
             sampling: fields of `daskllm.SamplingParams`.
 
         Returns:
             The columns ``{output}`` (str), ``{output}_finish_reason`` (str), ``{output}_prompt_tokens`` and
             ``{output}_completion_tokens`` (int64), ``{output}_error`` (str), with ``logprobs=`` also
-            ``{output}_logprobs`` (object: a list of float, one for each generated token). With ``n > 1``
+            ``{output}_logprobs`` (object: a list of float, one for each generated token), with
+            ``model_version=True`` ``{output}_model_version`` (int64; 0 as loaded, n after the n-th
+            ``llm.update``, always one alone for a row). With ``n > 1``
             text, finish reason and log-probabilities are lists with one entry per sample (object), the
             completion tokens are those of all samples, and the prompt is counted once.
 
@@ -68,6 +73,7 @@ class _Accessor(Generic[Table]):
             output=output,
             system=system,
             examples=examples,
+            model_version=model_version,
             sampling=sampling,
         )
         return ask_table(self._table, llm, call)
@@ -79,6 +85,7 @@ class _Accessor(Generic[Table]):
         output: str = "generated",
         system: str | None = None,
         examples: Sequence[tuple[Any, str]] | None = None,
+        model_version: bool = False,
         **sampling: Any,
     ) -> Table:
         """The table with the model's next turn in every row's conversation.
@@ -100,6 +107,7 @@ class _Accessor(Generic[Table]):
             output=output,
             system=system,
             examples=examples,
+            model_version=model_version,
             sampling=sampling,
         )
         return ask_table(self._table, llm, call)
@@ -116,6 +124,40 @@ class _Accessor(Generic[Table]):
             ``{output}_tokens`` (int64) and ``{output}_error`` (str).
         """
         call = call_over(self._table.columns, llm, "score", text, output=output, sampling={})
+        return ask_table(self._table, llm, call)
+
+    def embed(
+        self,
+        llm: Handle,
+        text: Hashable,
+        output: str = "embedding",
+        pooling: Pooling = "mean",
+        normalize: bool = True,
+    ) -> Table:
+        """The table with each row's text as a vector: the hidden states behind the model's last norm, pooled.
+
+        Args:
+            text: a column, or a template over columns.
+            output: the name of the vector's column.
+            pooling: "mean" of all of the text's tokens, or its "last" token alone.
+            normalize: make each vector's Euclidean length 1.
+
+        Returns:
+            The columns ``{output}`` (object: a float32 array ``[hidden]``, null on error),
+            ``{output}_tokens`` (int64) and ``{output}_error`` (str).
+
+        Raises: as `generate`.
+        """
+        call = call_over(
+            self._table.columns,
+            llm,
+            "embed",
+            text,
+            output=output,
+            sampling={},
+            pooling=pooling,
+            normalize=normalize,
+        )
         return ask_table(self._table, llm, call)
 
 

@@ -24,7 +24,7 @@ from daskllm.types import SamplingParams
 
 if TYPE_CHECKING:
     from daskllm.session import Session
-    from daskllm.types import ModelSpec
+    from daskllm.types import ModelSpec, Pooling
 
 __all__ = ["Handle", "ask_series", "ask_table", "call_over", "check_chats"]
 
@@ -34,8 +34,8 @@ Table = TypeVar("Table", pd.DataFrame, dd.DataFrame)
 class Handle(Protocol):
     """What the tables need of a model.
 
-    It may also have a ``client``, whose workers answer pandas tables, and a ``tokenizer``, which tells before
-    any work whether the model chats.
+    It may also have a ``client``, whose workers answer pandas tables, a ``tokenizer``, which tells before any
+    work whether the model chats, and ``answers``, where finished rows are kept.
     """
 
     @property
@@ -54,11 +54,17 @@ def ask_table(table: Table, llm: Handle, call: Call) -> Table:
     return attach(table, columns_of(answers, call))
 
 
-def ask_series(series: Any, llm: Handle, kind: Kind, output: str, sampling: Mapping[str, Any]) -> Any:
-    """A Series' answers alone, as a frame with the same index; a Dask Series is not computed."""
+def ask_series(
+    series: Any, llm: Handle, kind: Kind, output: str, sampling: Mapping[str, Any], **options: Any
+) -> Any:
+    """A Series' answers alone, as a frame with the same index; a Dask Series is not computed.
+
+    Args:
+        options: as `call_over` takes them.
+    """
     # Within the call the one column has a name of its own, which no output can clash with.
     table = series.to_frame(name="prompt text")
-    call = call_over(table.columns, llm, kind, "prompt text", output=output, sampling=sampling)
+    call = call_over(table.columns, llm, kind, "prompt text", output=output, sampling=sampling, **options)
     call = replace(call, template=None)  # its cells are prompts, as a list's items are: token ids too
     return ask_table(table, llm, call)[list(names(call))]
 
@@ -73,6 +79,9 @@ def call_over(
     system: str | None = None,
     examples: Any = None,
     sampling: Mapping[str, Any],
+    pooling: Pooling = "mean",
+    normalize: bool = True,
+    model_version: bool = False,
 ) -> Call:
     """The call that a user's arguments make over a table with these columns.
 
@@ -96,12 +105,16 @@ def call_over(
         spec=spec,
         kind=kind,
         params=params,
+        pooling=pooling,
+        normalize=normalize,
         job_seed=draw_seed(params),
         labels=labels,
         template=None if whole_column else template,
         system=system,
         examples=checked_examples(examples, template),
         output=output,
+        model_version=model_version,
+        answers=getattr(llm, "answers", None),
     )
 
 

@@ -5,6 +5,10 @@ filter over other columns pass below the model; columns that nobody reads are no
 answer the rows that they show. The rules work on `dask.dataframe.dask_expr`'s nodes and keep its promises: a
 node's name is a hash of what it computes, partitions and divisions are the input's.
 
+When all that is done, an answered table is lowered to what its tasks are: a cut of each partition, slices that
+the model runs on, a merge with the partition. Slices are no block-wise node, so that Dask fuses the cut with
+what comes before and the merge with what comes after, and a slice with nothing.
+
 It refuses to know how a call is made and what a task does.
 """
 
@@ -19,6 +23,7 @@ from dask._task_spec import Task, TaskRef
 from dask.dataframe.dask_expr._cumulative import CumulativeAggregations
 from dask.dataframe.dask_expr._expr import (
     And,
+    Blockwise,
     Elemwise,
     Expr,
     Filter,
@@ -33,9 +38,9 @@ from dask.dataframe.dask_expr._expr import (
 from daskllm.runtime.call import Call
 from daskllm.runtime.columns import labels_of, names
 from daskllm.runtime.local import protect
-from daskllm.runtime.tasks import PLACE, answer_table, number_rows
+from daskllm.runtime.slices import PLACE, SLICES, answer_slice, cut_table, merge_table, number_rows
 
-__all__ = ["Answered", "Numbered", "answered"]
+__all__ = ["Answered", "Cut", "Merged", "Numbered", "Sliced", "answered"]
 
 
 def answered(frame: Expr, call: Call) -> Expr:
@@ -94,7 +99,6 @@ class Answered(Elemwise):  # type: ignore[misc]
     """
 
     _parameters = ["frame", "call"]  # noqa: RUF012  (as in every expression of Dask)
-    operation = staticmethod(answer_table)
 
     @functools.cached_property
     def _name(self) -> str:
@@ -103,14 +107,13 @@ class Answered(Elemwise):  # type: ignore[misc]
 
     @functools.cached_property
     def _meta(self) -> pd.DataFrame:
-        return answer_table(self.frame._meta, self.call)
+        return merge_table(self.frame._meta, self.call)
 
     def __str__(self) -> str:
         return f"{self.call.kind}({self.frame})"
 
-    def _task(self, name: Any, index: int) -> Task:
-        protect()  # the graph of a run is made just before it begins
-        return super()._task(name, index)
+    def _lower(self) -> Expr:
+        return Merged(self.frame, Sliced(Cut(self.frame, self.call), self.call), self.call)
 
     @functools.cached_property
     def _added(self) -> list[Hashable]:
@@ -164,6 +167,91 @@ class Answered(Elemwise):  # type: ignore[misc]
                 if not selects and not isinstance(node, Index):
                     return False
         return predicate._name != self._name
+
+
+class Cut(Blockwise):  # type: ignore[misc]
+    """The slices of each partition of a frame.
+
+    Parameters:
+        frame: the table, with its places where the call draws by them.
+        call: what is asked of each row.
+    """
+
+    _parameters = ["frame", "call"]  # noqa: RUF012  (as in every expression of Dask)
+    operation = staticmethod(cut_table)
+
+    @functools.cached_property
+    def _name(self) -> str:
+        return f"{self.call.kind}-cut-{self.deterministic_token}"
+
+    @functools.cached_property
+    def _meta(self) -> pd.DataFrame:
+        return self.frame._meta
+
+
+class Sliced(Expr):  # type: ignore[misc]
+    """The answers to the slices of each partition: `SLICES` tasks with keys ``(name, partition, slice)``.
+
+    They depend on their cut, so that Dask gives them to workers early and moves them when one is idle.
+
+    Parameters:
+        frame: a `Cut`.
+        call: what is asked of each row.
+    """
+
+    _parameters = ["frame", "call"]  # noqa: RUF012  (as in every expression of Dask)
+
+    @functools.cached_property
+    def _name(self) -> str:
+        return f"{self.call.kind}-{self.deterministic_token}"
+
+    @functools.cached_property
+    def _meta(self) -> pd.DataFrame:
+        return self.frame._meta
+
+    def _divisions(self) -> tuple[Any, ...]:
+        divisions: tuple[Any, ...] = self.frame.divisions
+        return divisions
+
+    def _layer(self) -> dict[Any, Task]:
+        protect()  # the graph of a run is made just before it begins
+        return {
+            (self._name, part, number): Task(
+                (self._name, part, number), answer_slice, TaskRef((self.frame._name, part)), number, self.call
+            )
+            for part in range(self.npartitions)
+            for number in range(SLICES)
+        }
+
+    def _simplify_up(self, parent: Expr, dependents: Any) -> Expr | None:
+        if isinstance(parent, Partitions):
+            return Sliced(Partitions(self.frame, parent.partitions), self.call)
+        return None
+
+
+class Merged(Blockwise):  # type: ignore[misc]
+    """A frame with the answers to its slices as columns.
+
+    Parameters:
+        frame: the table that was cut.
+        slices: their answers, a `Sliced`.
+        call: what was asked of each row.
+    """
+
+    _parameters = ["frame", "slices", "call"]  # noqa: RUF012  (as in every expression of Dask)
+    operation = staticmethod(merge_table)
+
+    @functools.cached_property
+    def _name(self) -> str:
+        return f"{self.call.kind}-merge-{self.deterministic_token}"
+
+    @functools.cached_property
+    def _meta(self) -> pd.DataFrame:
+        return merge_table(self.frame._meta, self.call)
+
+    def _task(self, name: Any, index: int) -> Task:
+        answers = (TaskRef((self.slices._name, index, number)) for number in range(SLICES))
+        return Task(name, merge_table, TaskRef((self.frame._name, index)), self.call, *answers)
 
 
 def _conjunction(predicate: Expr) -> list[Expr]:

@@ -190,11 +190,11 @@ class Plan:
         As measured, or as predicted before a run.
         """
         busy = [m.busy for m in self.measured if replica in (None, m.replica)]
-        if not busy:
-            chosen = self.replicas if replica is None else (self.replicas[replica],)
-            busy = [s.seconds for r in chosen for s in r.stages]
-        mean = sum(busy) / len(busy)
-        return max(busy) / mean - 1 if mean else 0.0
+        return _unevenness(busy) if busy else self._predicted_imbalance(replica)
+
+    def _predicted_imbalance(self, replica: int | None = None) -> float:
+        chosen = self.replicas if replica is None else (self.replicas[replica],)
+        return _unevenness([s.seconds for r in chosen for s in r.stages])
 
     def simulate(self, graph: LayerGraph, cluster: Cluster, *, rounds: int = 40) -> list[Simulated]:
         """Each replica played out event by event: a loop for "period", one batch for the other objectives."""
@@ -224,15 +224,19 @@ class Plan:
         head = ["replica", "stage", "device", "layers", "weights", "KV", "memory", "of", "ms", "link ms"]
         seen = {(m.replica, m.stage): m for m in self.measured}
         if seen:
-            head += ["measured ms", "busy s", "waiting s"]
+            head += ["measured ms", "busy s", "waiting s", "passes"]
         rows = []
         for i, replica in enumerate(self.replicas):
             for j, stage in enumerate(replica.stages):
                 rows.append([*_cells(i, j, stage), *(_measured_cells(seen.get((i, j))) if seen else [])])
         lines = [draw.table(head, rows), "", self.summary()]
         if seen:
-            each = ", ".join(f"{self.imbalance(i):.1%} in replica {i}" for i in range(len(self.replicas)))
-            lines.append(f"imbalance measured: {self.imbalance():.1%} ({each})")
+            each = ", ".join(
+                f"{self.imbalance(i):.1%} in replica {i}, predicted {self._predicted_imbalance(i):.1%}"
+                for i in sorted({m.replica for m in self.measured})
+            )
+            all_ = f"{self.imbalance():.1%}, predicted {self._predicted_imbalance():.1%}"
+            lines.append(f"imbalance measured: {all_} ({each})")
         return "\n".join([*lines, *self.notes])
 
     def summary(self) -> str:
@@ -331,8 +335,14 @@ def _cells(replica: int, number: int, stage: Stage) -> list[str]:
 
 def _measured_cells(m: Measured | None) -> list[str]:
     if m is None:
-        return ["", "", ""]
-    return [f"{1000 * m.busy / m.passes:.4g}" if m.passes else "", f"{m.busy:.4g}", f"{m.waiting:.4g}"]
+        return [""] * 4
+    mean = f"{1000 * m.busy / m.passes:.4g}" if m.passes else ""
+    return [mean, f"{m.busy:.4g}", f"{m.waiting:.4g}", str(m.passes)]
+
+
+def _unevenness(busy: Sequence[float]) -> float:
+    mean = sum(busy) / len(busy)
+    return max(busy) / mean - 1 if mean else 0.0
 
 
 def _read_replica(plain: Mapping[str, Any]) -> Replica:

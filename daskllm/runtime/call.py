@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Number
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import pandas as pd
+from dask.tokenize import normalize_token
 
+from daskllm.runtime.versions import learn, present
 from daskllm.text.prompt import build
 from daskllm.text.template import PromptTemplate
-from daskllm.types import Message, Prompt, RowError, SamplingParams
+from daskllm.types import Message, Pooling, Prompt, RowError, SamplingParams
 
 if TYPE_CHECKING:
     from daskllm.text.tokenizer import Tokenizer
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Call", "Kind", "Place", "draw_seed"]
 
-Kind: TypeAlias = Literal["generate", "chat", "score"]
+Kind: TypeAlias = Literal["generate", "chat", "score", "embed"]
 Place: TypeAlias = tuple[int, ...]
 """Where a row stands in its job: (partition, row); unseeded draws start from it."""
 
@@ -46,28 +48,74 @@ class Call:
     Attributes:
         spec: which model; never the model itself.
         kind: how the cells are read.
-        params: how tokens are chosen; unused by "score".
+        params: how tokens are chosen, where any are generated.
+        pooling, normalize: how "embed" makes a vector of a text.
         job_seed: where unseeded draws start.
         labels: the table's columns that a row's prompt needs, in the order of ``template.fields``.
         template: makes text of those cells; None takes the one cell as it is (text, token ids, messages).
         system, examples: put before the prompt, for "generate" and "chat".
         output: the name of the answers' column.
+        priority: waits in an engine before the rows of those with a lower one.
+        model_version: whether a table gets a column that says which weights answered a row.
+        made_for: the model's version when the call was made. Rows go to the version that is there when they
+            start; but a graph made after an update shall not share the keys of one made before.
+
+        answers: where finished rows are kept and looked up, a directory or an fsspec URL; None: nowhere.
+
+    Raises:
+        ValueError: an unknown pooling.
+        TypeError: ``normalize`` or ``model_version`` is no bool.
     """
 
     spec: ModelSpec
     kind: Kind
     params: SamplingParams = field(default_factory=SamplingParams)
+    pooling: Pooling = "mean"
+    normalize: bool = True
     job_seed: int = 0
     labels: tuple[Hashable, ...] = ()
     template: PromptTemplate | None = None
     system: str | None = None
     examples: tuple[tuple[str, str], ...] = ()
     output: str = "generated"
+    priority: int = 0
+    model_version: bool = False
+    made_for: int = -1
+    answers: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model_version, bool):
+            raise TypeError(f"model_version must be True or False, not {self.model_version!r}")
+        if self.made_for < 0:
+            object.__setattr__(self, "made_for", getattr(present(self.spec), "version", 0))
+        if self.pooling not in get_args(Pooling):
+            raise ValueError(f'pooling must be "mean" or "last", not {self.pooling!r}')
+        if not isinstance(self.normalize, bool):
+            raise TypeError(f"normalize must be True or False, not {self.normalize!r}")
+
+    def __dask_tokenize__(self) -> tuple[Any, ...]:
+        # Where answers are kept changes none of them, so it changes no key.
+        return tuple(normalize_token(getattr(self, f.name)) for f in fields(self) if f.name != "answers")
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        # The process that it goes to may not have heard of an update: a child of Dask's, another client.
+        return present(self.spec), *(getattr(self, one.name) for one in fields(self))
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        now, *values = state
+        for one, value in zip(fields(self), values, strict=True):
+            object.__setattr__(self, one.name, value)
+        learn(self.spec, now)
+
+    @property
+    def generates(self) -> bool:
+        """Whether a row's answer is new text."""
+        return self.kind in ("generate", "chat")
 
     @property
     def by_place(self) -> bool:
         """Whether a row's draws depend on its place, so that the place must survive filters."""
-        return self.kind != "score" and not self.params.greedy and self.params.seed is None
+        return self.generates and not self.params.greedy and self.params.seed is None
 
     def prompts(self, rows: Iterable[Sequence[Any]], tokenizer: Tokenizer) -> list[Prompt]:
         """One prompt per row; what is wrong with a row becomes its `RowError`.
@@ -84,7 +132,7 @@ class Call:
             filled = self.template.fill(dict(zip(self.template.fields, cells, strict=True)))
             if self.kind == "chat":
                 return self._with_context([{"role": "user", "content": filled}])
-            if self.kind == "score" or (self.system is None and not self.examples):
+            if not self.generates or (self.system is None and not self.examples):
                 return filled
             return build(filled, system=self.system, examples=self.examples or None, tokenizer=tokenizer)
         except RowError as error:

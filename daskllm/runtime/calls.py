@@ -7,10 +7,11 @@ where the rows come from; `daskllm.runtime.remote` is the other end.
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from distributed.protocol import to_serialize
 
 if TYPE_CHECKING:
     from daskllm.session import Progress, Session
-    from daskllm.types import ModelSpec
+    from daskllm.types import Completion, ModelSpec
 
 __all__ = ["Calls"]
 
@@ -32,16 +33,22 @@ class Calls:
     """The calls of one worker.
 
     Args:
-        session: opens a model whose engine is here.
+        enter: opens a model whose engine is here, by where it is and by what its version was before it moved.
+        leave: called when a call of it is over.
     """
 
-    def __init__(self, session: Callable[[ModelSpec], Awaitable[Session]]) -> None:
-        self._session = session
+    def __init__(
+        self,
+        enter: Callable[[ModelSpec, ModelSpec], Awaitable[Session]],
+        leave: Callable[[ModelSpec], None],
+    ) -> None:
+        self._enter, self._leave = enter, leave
         self._calls: dict[str, _Call] = {}
 
-    async def ask(self, spec: ModelSpec, kind: str, arguments: Mapping[str, Any]) -> str:
+    async def ask(self, spec: ModelSpec, first: ModelSpec, kind: str, arguments: Mapping[str, Any]) -> str:
         """Start a call of a session's method ``kind``; its name for `poll` and `drop`."""
-        call = _Call(await self._session(spec), kind, arguments)
+        session = await self._enter(spec, first)
+        call = _Call(session, kind, arguments, functools.partial(self._leave, spec))
         name = uuid.uuid4().hex
         self._calls[name] = call
         call.start()
@@ -49,6 +56,8 @@ class Calls:
 
     async def poll(self, name: str) -> dict[str, Any]:
         """What is new: pieces of a stream, counts of rows, and at the end the result or what was raised.
+
+        Rows that are generated are news as they finish, with their positions; they are no result at the end.
 
         Raises:
             KeyError: the call was dropped.
@@ -68,13 +77,17 @@ class Calls:
 class _Call:
     """One call, in a thread of its own; made on the event loop."""
 
-    def __init__(self, session: Session, kind: str, arguments: Mapping[str, Any]) -> None:
+    def __init__(
+        self, session: Session, kind: str, arguments: Mapping[str, Any], over: Callable[[], None]
+    ) -> None:
+        self._over = over
         self.dropped = False
         self._error: BaseException | None = None
         self._session, self._kind, self._arguments = session, kind, arguments
         self._result: Any = None
         self._pieces: list[str] = []
         self._counts: list[Progress] = []
+        self._rows: list[tuple[int, list[Completion]]] = []
         self._done = False
         self._heard = time.monotonic()
         self._changed = asyncio.Event()
@@ -90,17 +103,22 @@ class _Call:
         self._changed.clear()
         pieces, self._pieces = self._pieces, []
         counts, self._counts = self._counts, []
+        rows, self._rows = self._rows, []
         # An error is data here: raised in a handler, it would be logged as the worker's own.
         end = to_serialize((self._result, self._error)) if self._done else None
-        return {"done": self._done, "pieces": pieces, "counts": to_serialize(counts), "end": end}
+        made = to_serialize((counts, rows))
+        return {"done": self._done, "pieces": pieces, "made": made, "end": end}
 
     def _run(self) -> None:
         try:
             if self._kind == "stream":
                 self._stream()
             else:
-                answer = getattr(self._session, self._kind)
-                self._result = answer(**self._arguments, progress=self._count, cancelled=self._unwanted)
+                told: dict[str, Any] = {"progress": self._count, "cancelled": self._unwanted}
+                if self._kind == "generate":
+                    self._session.generate(**self._arguments, **told, finished=self._finished)
+                else:
+                    self._result = getattr(self._session, self._kind)(**self._arguments, **told)
         except BaseException as error:  # it is the caller's, in another process
             self._error = error
         self._tell(self._finish)
@@ -119,6 +137,9 @@ class _Call:
     def _count(self, counts: Progress) -> None:
         self._tell(self._counts_add, counts)
 
+    def _finished(self, rows: Sequence[tuple[int, list[Completion]]]) -> None:
+        self._tell(self._rows_add, rows)
+
     def _tell(self, what: Callable[..., None], *arguments: Any) -> None:
         try:
             self._loop.call_soon_threadsafe(what, *arguments)
@@ -133,6 +154,11 @@ class _Call:
         self._counts.append(counts)
         self._changed.set()
 
+    def _rows_add(self, rows: Sequence[tuple[int, list[Completion]]]) -> None:
+        self._rows += rows
+        self._changed.set()
+
     def _finish(self) -> None:
+        self._over()
         self._done = True
         self._changed.set()

@@ -1,6 +1,6 @@
 """Where rows that are no Dask collection run: in this process, or in batches over a client's workers.
 
-It owns the choice and the size of the batches. It refuses to know what a batch asks.
+It owns the choice, the size of the batches and who goes first. It refuses to know what a batch asks.
 """
 
 from __future__ import annotations
@@ -8,12 +8,17 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import dask.config
+import numpy as np
+import numpy.typing as npt
 
-from daskllm.runtime.call import Place
+from daskllm.runtime.call import Call, Place
+from daskllm.runtime.slices import ENOUGH_ROWS, ENOUGH_TOKENS, costs_of, deal, equal_rows, rows_of
 from daskllm.runtime.worker import current_worker
+from daskllm.types import URGENT
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -21,10 +26,13 @@ if TYPE_CHECKING:
 __all__ = ["batches", "client_for", "over_rows"]
 
 Answers = TypeVar("Answers")
+Costs = npt.NDArray[np.float64]
 
 _CLUSTER_SCHEDULERS = (None, "distributed", "dask.distributed")
-_SMALLEST, _LARGEST = 32, 256
-"""Rows of a batch: below, two of them in flight do not fill an engine's batch; above, the tail gets long."""
+_MOST_ROWS = 256
+"""Rows of a batch, on average: above, the tail gets long."""
+_FEW_ROWS = 64
+"""Rows of a call that goes ahead of others: what one engine runs together."""
 
 
 def client_for(given: Client | None) -> Client | None:
@@ -48,24 +56,33 @@ def client_for(given: Client | None) -> Client | None:
     return None if current.asynchronous else current
 
 
-def batches(rows: int, workers: int) -> list[slice]:
-    """Cut rows so that every worker has two full batches in flight and no long last one.
+def batches(costs: Costs, workers: int) -> list[list[int]]:
+    """Deal rows so that every worker has two full batches in flight and no long last one.
 
-    >>> [piece.stop - piece.start for piece in batches(100, 2)]
-    [32, 32, 32, 4]
+    Args:
+        costs: what each row takes, float64 ``[rows]``.
+        workers: at least one.
+
+    Returns:
+        The row numbers of each batch; batches cost about the same.
+
+    >>> [len(batch) for batch in batches(np.ones(100), 2)]
+    [34, 33, 33]
     """
-    size = math.ceil(rows / (4 * workers))
-    size = min(_LARGEST, max(size, min(_SMALLEST, math.ceil(rows / workers))))
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, max(1, size))]
+    rows = len(costs)
+    full = max(rows // ENOUGH_ROWS, int(costs.sum() // ENOUGH_TOKENS), min(workers, rows))
+    return deal(costs, min(rows, max(math.ceil(rows / _MOST_ROWS), min(full, 4 * workers))))
 
 
 def over_rows(
     client: Client | None,
     answer: Callable[[Sequence[Any], Any, Sequence[Place]], Sequence[Answers]],
     rows: Sequence[Any],
-    call: Any,
+    call: Call,
 ) -> list[Answers]:
     """The answers to ``rows``, in order.
+
+    Few rows are `URGENT`: somebody is likely to wait for them, beside jobs that may last for hours.
 
     Args:
         client: whose workers answer; None answers here.
@@ -73,20 +90,32 @@ def over_rows(
 
     An exception or an interrupt cancels what is still running.
     """
+    if len(rows) <= _FEW_ROWS:
+        call = replace(call, priority=URGENT)
     places = [(0, row) for row in range(len(rows))]
     if client is None or not len(rows):
         return list(answer(rows, call, places))
-    pieces = batches(len(rows), max(1, len(client.scheduler_info(n_workers=-1)["workers"])))
+    workers = len(client.scheduler_info(n_workers=-1)["workers"])
+    groups = equal_rows(rows, call)
+    costs = costs_of([rows[group[0]] for group in groups], call)
+    dealt = [rows_of(batch, groups) for batch in batches(costs, max(1, workers))]
     futures = client.map(
         answer,
-        [rows[piece] for piece in pieces],
-        [call] * len(pieces),
-        [places[piece] for piece in pieces],
+        [[rows[row] for row in batch] for batch in dealt],
+        [call] * len(dealt),
+        [[places[row] for row in batch] for batch in dealt],
         key=f"{call.kind}",
         pure=False,
+        priority=call.priority,
     )
     try:
-        return [one for batch in client.gather(futures) for one in batch]
+        parts = client.gather(futures)
     except BaseException:
         client.cancel(futures)
         raise
+    answers = {
+        row: one
+        for batch, part in zip(dealt, parts, strict=True)
+        for row, one in zip(batch, part, strict=True)
+    }
+    return [answers[row] for row in range(len(rows))]

@@ -10,15 +10,28 @@ column                      dtype                        value
 {output}_error              str                          why the row failed, else null
 {output}_logprobs           object                       with ``logprobs=`` only: the chosen tokens' natural
                                                          log-probabilities, a list of float; null on failure
+{output}_model_version      int64                        with ``model_version=True`` only: how many updates of
+                                                         the model came before the weights that answered
 ==========================  ===========================  ====================================================
 
 With ``n > 1`` a row has n samples: the text, the finish reason and the log-probabilities are lists with one
 entry per sample (dtype object); the completion tokens are summed over them, the prompt's tokens counted once
-(the samples share one prefill). A score has ``{output}`` (float64, NaN on failure), ``{output}_tokens``
-(int64) and ``{output}_error`` (str).
+(the samples share one prefill).
 
-Dask's ``to_parquet`` guesses that a column of dtype object is text: with ``n > 1`` or ``logprobs=`` give it
-``schema=None``, or a whole `pyarrow.Schema`.
+Where nothing is generated, the columns are:
+
+===================  =========================  ==========================================================
+column               dtype                      value
+===================  =========================  ==========================================================
+{output}             float64 of a score         natural log-probability of the text; NaN on failure
+{output}             object of an embedding     a float32 array [hidden] in every row; null on failure
+{output}_tokens      int64                      tokens of the text
+{output}_error       str                        why the row failed, else null
+===================  =========================  ==========================================================
+
+Dask's ``to_parquet`` cannot tell what is in a column of dtype object: for embeddings, with ``n > 1`` and with
+``logprobs=`` give it ``schema=None``, or a whole `pyarrow.Schema` (an embedding is a
+``pyarrow.list_(pyarrow.float32())``).
 """
 
 from __future__ import annotations
@@ -33,7 +46,7 @@ from daskllm.runtime.call import Call
 from daskllm.types import Completion
 
 if TYPE_CHECKING:
-    from daskllm.session import Score
+    from daskllm.results import Embedding, Score
 
 __all__ = ["attach", "cells", "columns_of", "labels_of", "names"]
 
@@ -46,10 +59,12 @@ Columns = dict[str, Any]
 def names(call: Call) -> tuple[str, ...]:
     """The columns that a call adds, in order."""
     ends = ["_tokens", "_error"]
-    if call.kind != "score":
+    if call.generates:
         ends = ["_finish_reason", "_prompt_tokens", "_completion_tokens", "_error"]
         if call.params.logprobs is not None:
             ends.append("_logprobs")
+        if call.model_version:
+            ends.append("_model_version")
     return (call.output, *(call.output + end for end in ends))
 
 
@@ -61,8 +76,8 @@ def labels_of(added: Sequence[str], columns: pd.Index) -> list[Hashable]:
 
 
 def columns_of(answers: Sequence[Any], call: Call) -> Columns:
-    """The columns that a call adds, from one `Score` or one list of ``call.params.n`` samples per row."""
-    return _score_columns(answers, call) if call.kind == "score" else _completion_columns(answers, call)
+    """The columns that a call adds; one answer per row, as `daskllm.runtime.tasks.answer_rows` gives them."""
+    return _completion_columns(answers, call) if call.generates else _reading_columns(answers, call)
 
 
 def _completion_columns(rows: Sequence[Sequence[Completion]], call: Call) -> Columns:
@@ -90,16 +105,26 @@ def _completion_columns(rows: Sequence[Sequence[Completion]], call: Call) -> Col
     )
     if params.logprobs is not None:
         columns = (*columns, _objects(each(_chosen_logprobs, null=True)))
+    if call.model_version:
+        columns = (*columns, np.array([samples[0].model_version for samples in rows], dtype="int64"))
     return dict(zip(names(call), columns, strict=True))
 
 
-def _score_columns(scores: Sequence[Score], call: Call) -> Columns:
+def _reading_columns(answers: Sequence[Any], call: Call) -> Columns:
     columns = (
-        np.array([np.nan if s.error is not None else s.logprob for s in scores], dtype="float64"),
-        np.array([s.tokens for s in scores], dtype="int64"),
-        _text([s.error for s in scores]),
+        _vectors(answers) if call.kind == "embed" else _logprobs(answers),
+        np.array([answer.tokens for answer in answers], dtype="int64"),
+        _text([answer.error for answer in answers]),
     )
     return dict(zip(names(call), columns, strict=True))
+
+
+def _logprobs(scores: Sequence[Score]) -> np.ndarray:
+    return np.array([np.nan if s.error is not None else s.logprob for s in scores], dtype="float64")
+
+
+def _vectors(embeddings: Sequence[Embedding]) -> np.ndarray:
+    return _objects([None if e.error is not None else e.vector for e in embeddings])
 
 
 def cells(table: pd.DataFrame, labels: Sequence[Hashable]) -> list[tuple[Any, ...]]:

@@ -1,8 +1,9 @@
 """What becomes of a model in stages when a worker of theirs is gone: its layers on those that are left.
 
-A specification's heir is the same model with other stages. Whoever first finds a stage lost plans it on the
-live workers and writes it down with the scheduler, where all others find it; two who plan at once from the
-same workers make the same plan. It owns that record. It refuses to open anything and to redo rows.
+A specification's heir is the same model with other stages, or with fewer chains of them. Whoever first finds
+a stage lost plans it on the live workers and writes it down with the scheduler, where all others find it; two
+who plan at once from the same workers make the same plan. It owns that record. It refuses to open anything
+and to redo rows.
 """
 
 from __future__ import annotations
@@ -10,19 +11,20 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import pickle
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from daskllm.graph import PlanError
-from daskllm.runtime.placing import cluster_of, plan_on, stages_of
+from daskllm.runtime.devices import recorded_speeds
+from daskllm.runtime.placing import chains_of, cluster_of, plan_on
 from daskllm.runtime.wire import Node, ask
 
 if TYPE_CHECKING:
     from distributed import Client
 
     from daskllm.models import DecoderConfig
-    from daskllm.types import ModelSpec
+    from daskllm.runtime.devices import Speeds
+    from daskllm.types import ModelSpec, StageSpec
 
 __all__ = ["forget", "heirs_of", "succeed"]
 
@@ -32,31 +34,58 @@ JOIN_SECONDS = 20.0
 """How long a model that fits nowhere waits for a worker to join, as a lost one's nanny starts another."""
 
 
-async def succeed(node: Node, spec: ModelSpec, config: DecoderConfig) -> ModelSpec:
-    """Where a model that lost a stage is now: itself where all its workers answer, else its heir.
+async def succeed(
+    node: Node, spec: ModelSpec, config: DecoderConfig, lost: Collection[ModelSpec] = ()
+) -> ModelSpec:
+    """Where a model that lost stages is now: itself where all its workers answer, else its heir.
+
+    A chain of stages that lost a worker goes to workers that no other chain uses. Where there is no room for
+    it, it waits for a worker to join while other chains answer rows, and is then given up.
+
+    Args:
+        lost: those of its chains that were seen to fail; of the others the scheduler's word is taken.
 
     Raises:
-        PlanError: the workers that are left have no room for it, and none joined.
+        PlanError: the workers that are left have no room for any chain, and none joined.
     """
-    if (known := _read(await node.scheduler.get_metadata(keys=_keys(spec), default=None))) is not None:
+    if (known := await _latest(node, spec)) != spec:
         return known
+    dtype = config.dtype if spec.dtype == "auto" else spec.dtype
+    speeds = await recorded_speeds(node, dtype, spec.device)
     loop = asyncio.get_running_loop()
     patience = loop.time() + JOIN_SECONDS
     while True:
-        workers = await _answering(node)
-        if all(stage.worker in workers for stage in spec.stages):
+        workers = (await node.scheduler.identity())["workers"]
+        answering = await _answering(node, workers)
+        gone = [
+            chain
+            for chain in spec.chains
+            if not all(s.worker in (answering if chain in lost else workers) for s in chain.stages)
+        ]
+        if not gone:
             return spec
         try:
-            heir = _planned(spec, config, workers)
+            heir = _planned(spec, config, gone, answering, speeds, give_up=loop.time() > patience)
             break
         except (PlanError, ValueError):
             if loop.time() > patience:
                 raise
             await asyncio.sleep(0.5)
-    if (known := _read(await node.scheduler.get_metadata(keys=_keys(spec), default=None))) is not None:
+    if (known := await _latest(node, spec)) != spec:
         return known
+    # An heir's own record is of another time, should the layers be back where they once were.
+    await node.scheduler.set_metadata(keys=_keys(heir), value=None)
     await node.scheduler.set_metadata(keys=_keys(spec), value=pickle.dumps(heir))
     return heir
+
+
+async def _latest(node: Node, spec: ModelSpec) -> ModelSpec:
+    """The heir of the heir of a specification, as far as they are written down."""
+    heir: ModelSpec | None = spec
+    while heir is not None:
+        spec = heir
+        heir = _read(await node.scheduler.get_metadata(keys=_keys(spec), default=None))
+    return spec
 
 
 def heirs_of(client: Client, spec: ModelSpec) -> Iterator[ModelSpec]:
@@ -64,31 +93,63 @@ def heirs_of(client: Client, spec: ModelSpec) -> Iterator[ModelSpec]:
     heir: ModelSpec | None = spec
     while heir is not None:
         yield heir
-        heir = _read(client.get_metadata(_keys(heir), None)) if heir.stages else None
+        heir = _read(client.get_metadata(_keys(heir), None)) if heir.chains else None
 
 
 def forget(client: Client, spec: ModelSpec) -> None:
     """Let a specification have no heirs; the next call starts from its own stages."""
     for one in list(heirs_of(client, spec)):
-        if one.stages:
+        if one.chains:
             client.set_metadata(_keys(one), None)
 
 
-def _planned(spec: ModelSpec, config: DecoderConfig, workers: Mapping[str, Any]) -> ModelSpec:
-    """As many stages as before, or as many as there are workers."""
+def _planned(
+    spec: ModelSpec,
+    config: DecoderConfig,
+    gone: Collection[ModelSpec],
+    answering: Mapping[str, Any],
+    speeds: Speeds,
+    give_up: bool,
+) -> ModelSpec:
+    """Each lost chain with as many stages as before, or as many as there are workers left for it.
+
+    What does not fit is left out where no other chain answers rows meanwhile.
+
+    Args:
+        give_up: leave it out where others do, too.
+    """
     dtype = config.dtype if spec.dtype == "auto" else spec.dtype
-    plan = plan_on(cluster_of(workers), config, dtype, min(len(spec.stages), len(workers)))
-    return replace(spec, stages=stages_of(plan, config, workers))
+    used = {stage.worker for chain in spec.chains if chain not in gone for stage in chain.stages}
+    free = {address: facts for address, facts in answering.items() if address not in used}
+    chains: list[tuple[StageSpec, ...]] = []
+    failure: Exception | None = None
+    for chain in spec.chains:
+        if chain not in gone:
+            chains.append(chain.stages)
+            continue
+        try:
+            count = min(len(chain.stages), len(free))
+            plan = plan_on(cluster_of(free, speeds=speeds), config, dtype, count)
+            (stages,) = chains_of(plan, config, free)
+        except (PlanError, ValueError) as error:
+            failure = error
+            continue
+        chains.append(stages)
+        for stage in stages:
+            del free[stage.worker]
+    patient = not give_up and len(gone) < len(spec.chains)
+    if failure is not None and (patient or not chains):
+        raise failure
+    return spec.with_chains(chains)
 
 
-async def _answering(node: Node) -> dict[str, Any]:
+async def _answering(node: Node, workers: Mapping[str, Any]) -> dict[str, Any]:
     """The scheduler's workers that answer at once: it does not hear of a death before others do."""
-    known: Mapping[str, Any] = (await node.scheduler.identity())["workers"]
-    pings = [asyncio.wait_for(ask(node, address, "ping"), PING_SECONDS) for address in known]
+    pings = [asyncio.wait_for(ask(node, address, "ping"), PING_SECONDS) for address in workers]
     replies = await asyncio.gather(*pings, return_exceptions=True)
     return {
         address: facts
-        for (address, facts), reply in zip(known.items(), replies, strict=True)
+        for (address, facts), reply in zip(workers.items(), replies, strict=True)
         if not isinstance(reply, BaseException)
     }
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,6 +24,7 @@ from daskllm.engine.engine import EngineClosedError
 from daskllm.engine.stage import Flight, Stage, StageTimes, kv_room, open_runner
 from daskllm.runtime.calls import Calls
 from daskllm.runtime.resident import close_model, model_for
+from daskllm.runtime.versions import supersede, superseded
 from daskllm.runtime.wire import Courier, Message, ask, pack, unpack
 from daskllm.runtime.worker import set_share
 from daskllm.session import Session
@@ -80,9 +81,11 @@ class StageHost:
         self._parts: dict[ModelSpec, _Part] = {}
         # One for each model: two workers may each have the engine of one and a stage of the other.
         self._locks: defaultdict[ModelSpec, asyncio.Lock] = defaultdict(asyncio.Lock)
-        calls = Calls(self.open)
+        self._users: Counter[ModelSpec] = Counter()
+        self._sweeps: set[asyncio.Task[None]] = set()
+        calls = Calls(self.enter, self.leave)
         handlers = (self.ping, self.hold, self.start, self.step, self.fault, self.watch, self.end)
-        for handler in (*handlers, calls.ask, calls.poll, calls.drop):
+        for handler in (*handlers, self.echo, self.prepare, calls.ask, calls.poll, calls.drop):
             worker.handlers[f"daskllm_{handler.__name__}"] = handler
 
     # --- the engine's side ----------------------------------------------------------------------------
@@ -100,6 +103,37 @@ class StageHost:
                 part = await self._open(spec)
             assert part.session is not None
             return part.session
+
+    async def enter(self, spec: ModelSpec, first: ModelSpec) -> Session:
+        """As `open`, for a call: no update closes the session before it has left.
+
+        Args:
+            first: the specification of its version before any of its stages were lost.
+        """
+        if superseded(first):
+            supersede(spec)
+        self._users[spec] += 1
+        try:
+            return await self.open(spec)
+        except BaseException:
+            self.leave(spec)
+            raise
+
+    def leave(self, spec: ModelSpec) -> None:
+        """A call is over."""
+        self._users[spec] -= 1
+        if superseded(spec):
+            task = asyncio.get_running_loop().create_task(self.sweep())
+            self._sweeps.add(task)
+            task.add_done_callback(self._sweeps.discard)
+
+    async def sweep(self) -> None:
+        """Close models, all their stages, whose engine is here, that are superseded and that nobody uses."""
+        for part in [p for p in self._parts.values() if p.session is not None and superseded(p.spec)]:
+            async with self._locks[part.spec]:
+                if self._parts.get(part.spec) is part and not self._users[part.spec]:
+                    await asyncio.gather(*self._tell(part, "end"), return_exceptions=True)
+                    await self._drop(part)
 
     async def _open(self, spec: ModelSpec) -> _Part:
         cluster = await self.worker.scheduler.identity()
@@ -150,6 +184,13 @@ class StageHost:
 
     async def ping(self) -> None:
         """Answer."""
+
+    async def echo(self, payload: Any) -> None:
+        """Answer after something of a size has come."""
+
+    async def prepare(self, spec: ModelSpec) -> None:
+        """As `open`, for another worker or a client."""
+        await self.open(spec)
 
     async def hold(self, spec: ModelSpec, number: int, run: str) -> tuple[int, str]:
         """Load a stage's layers; the KV blocks there is room for, and the type that it computes in."""
@@ -225,8 +266,7 @@ class StageHost:
             return part.number, part.stage.times
         assert part.session is not None
         metrics = part.session.metrics
-        span = metrics.history[-1].time - metrics.history[0].time if metrics.history else 0.0
-        waiting = max(0.0, span - sum(s.seconds for s in list(metrics.history)[1:]))
+        waiting = max(0.0, metrics.waiting_seconds)
         return part.number, StageTimes(metrics.busy_seconds, waiting, metrics.steps)
 
     # --- inside ---------------------------------------------------------------------------------------
@@ -240,8 +280,7 @@ class StageHost:
     async def _load(self, part: _Part) -> tuple[int, str]:
         def load() -> tuple[int, str]:
             model = part.model = model_for(part.spec)
-            for name in part.layers:
-                model.layer(name)
+            model.load(part.layers)
             return kv_room(model, part.layers, part.spec.kv_memory, len(part.spec.stages)), model.dtype
 
         return await asyncio.to_thread(load)

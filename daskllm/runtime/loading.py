@@ -17,9 +17,11 @@ from dask.utils import parse_bytes
 
 from daskllm.checkpoint import Checkpoint
 from daskllm.runtime.process import close_session_on, open_session_on, resident_bytes_on
+from daskllm.runtime.resident import open_files
+from daskllm.types import ModelError
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from distributed import Client, Scheduler
 
     from daskllm.types import ModelSpec
 
@@ -27,6 +29,8 @@ __all__ = [
     "check_client",
     "check_options",
     "close_on",
+    "expect_losses",
+    "files_of",
     "kv_bytes",
     "open_on",
     "reachable",
@@ -36,10 +40,17 @@ __all__ = [
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+ALLOWED_FAILURES = 20
+"""How many workers may die while a task is theirs before Dask calls it the cause (``KilledWorker``).
+
+Dask's own 3 is for tasks of seconds. Ours last for minutes and a worker holds several: where one of three
+workers dies every few seconds, every task that lasts is on a third of those that die. In a minute's job that
+often passes 3 and never 20. A row that does kill its worker each time still ends its job, after 21 restarts.
+"""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def check_options(dtype: Any, device: Any, quantize: Any, replicas: Any) -> None:
+def check_options(dtype: Any, device: Any, quantize: Any) -> None:
     """Refuse values that are not among the known ones.
 
     Raises:
@@ -49,7 +60,6 @@ def check_options(dtype: Any, device: Any, quantize: Any, replicas: Any) -> None
         ("dtype", dtype, DTYPES),
         ("device", device, DEVICES),
         ("quantize", quantize, (None,)),
-        ("replicas", replicas, ("auto",)),
     ):
         if not any(value is one or (type(value) is type(one) and value == one) for one in allowed):
             listed = " or ".join(repr(one) for one in allowed)
@@ -97,6 +107,28 @@ def reachable(model: str | os.PathLike[str], checkpoint: Checkpoint) -> tuple[st
     return str(model), commit if _COMMIT.fullmatch(commit) else None
 
 
+def files_of(spec: ModelSpec) -> Checkpoint:
+    """A model's files in this process; in a client's that cannot reach them, those that its workers have.
+
+    Raises:
+        ModelError: they are not here, and there is no client or none of its workers has them.
+    """
+    try:
+        return open_files(spec)
+    except ModelError as error:
+        if not spec.identity or "distributed" not in sys.modules:
+            raise
+        why = error
+    from daskllm.runtime.peers import borrowed
+    from daskllm.runtime.remote import node_for
+
+    try:
+        node = node_for(spec)
+    except ValueError:
+        raise why from None
+    return borrowed(node, spec, str(why))
+
+
 def version_here() -> str:
     """This process's version of the package, for `Client.run`."""
     # The package's root imports the rooms, so that no room may import it.
@@ -108,7 +140,7 @@ def close_on(client: Client, spec: ModelSpec) -> None:
     """Let a model go on the client's workers, wherever its stages are by now."""
     for one in specs_of(client, spec):
         client.run(close_session_on, one)
-    if spec.stages:
+    if spec.chains:
         from daskllm.runtime.heirs import forget
 
         forget(client, spec)
@@ -116,7 +148,7 @@ def close_on(client: Client, spec: ModelSpec) -> None:
 
 def specs_of(client: Client, spec: ModelSpec) -> list[ModelSpec]:
     """The specification, and those that took its place where stages were lost, the present one last."""
-    if not spec.stages:
+    if not spec.chains:
         return [spec]
     from daskllm.runtime.heirs import heirs_of
 
@@ -129,8 +161,15 @@ def residency_of(client: Client, spec: ModelSpec) -> dict[str, dict[str, int]]:
     return held
 
 
+def expect_losses(dask_scheduler: Scheduler) -> None:
+    """Let a scheduler blame a task after `ALLOWED_FAILURES` losses; a higher setting stays. For `Client`."""
+    dask_scheduler.allowed_failures = max(dask_scheduler.allowed_failures, ALLOWED_FAILURES)
+
+
 def open_on(client: Client, spec: ModelSpec) -> None:
-    """Open a model on the client's workers: on every one, or each stage on its own.
+    """Open a model on the client's workers: on every one, or each stage of each chain on its own.
+
+    From then on the scheduler bears more losses of workers; see `ALLOWED_FAILURES`.
 
     Raises:
         RuntimeError: a worker has another version of daskllm; nothing was loaded.
@@ -142,18 +181,18 @@ def open_on(client: Client, spec: ModelSpec) -> None:
             raise RuntimeError(
                 f"worker {worker} has daskllm {version}, this process {version_here()}: install one on both"
             )
-    if not spec.stages:
-        try:
-            client.run(open_session_on, spec)
-        except BaseException:
-            with suppress(Exception):  # a worker that is gone holds nothing
-                client.run(close_session_on, spec)
-            raise
-        return
     # Both need distributed, which whoever has a client has imported.
     from daskllm.runtime.remote import reach
     from daskllm.runtime.stages import StagePlugin
 
-    reach(spec, client)
+    if spec.chains:
+        reach(spec, client)
+    client.run_on_scheduler(expect_losses)
     client.register_plugin(StagePlugin())
-    client.run(open_session_on, spec, workers=[spec.stages[-1].worker])
+    engines = [chain.stages[-1].worker for chain in spec.chains]
+    try:
+        client.run(open_session_on, spec, workers=engines or None)
+    except BaseException:
+        with suppress(Exception):  # a worker that is gone holds nothing
+            client.run(close_session_on, spec)
+        raise

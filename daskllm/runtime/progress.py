@@ -2,13 +2,14 @@
 
 On a worker, increments go out as Dask events of the topic `TOPIC`; elsewhere, to those who `follow` in this
 process. Child processes of Dask's ``processes`` scheduler have no way back and stay silent. A task that
-runs again after a failure reports its rows again.
+runs again after a failure reports its rows again, those that were kept as remembered.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -50,6 +51,7 @@ class Increment:
         prompt_tokens, output_tokens: tokens read and generated.
         errors: rows that failed.
         worker: the Dask worker's address; "" in this process.
+        remembered: those of the rows whose answer was there without the model.
     """
 
     rows: int
@@ -57,6 +59,10 @@ class Increment:
     output_tokens: int
     errors: int
     worker: str = ""
+    remembered: int = 0
+
+
+_COUNTED = ("rows", "prompt_tokens", "output_tokens", "errors", "remembered")
 
 
 class _Subscribers:
@@ -96,28 +102,32 @@ class Reporter:
 
     def __init__(self, task: WorkerTask | None) -> None:
         self._task = task
-        self._pending = (0, 0, 0, 0)
+        self._pending: Counter[str] = Counter()
         self._sent = 0.0
 
     def __call__(self, counts: Counts) -> None:
-        rows, prompt, output, errors = self._pending
-        self._pending = (
-            rows + counts.rows,
-            prompt + counts.prompt_tokens,
-            output + counts.output_tokens,
-            errors + counts.errors,
+        self.add(
+            rows=counts.rows,
+            prompt_tokens=counts.prompt_tokens,
+            output_tokens=counts.output_tokens,
+            errors=counts.errors,
         )
+
+    def add(self, **counts: int) -> None:
+        """Add to fields of the next `Increment`."""
+        self._pending.update(counts)
         if time.monotonic() - self._sent >= INTERVAL:
             self.flush()
 
     def flush(self) -> None:
         """Send what has not been sent."""
-        if not any(self._pending):
+        if not any(self._pending.values()):
             return
         self._sent = time.monotonic()
         worker = "" if self._task is None else self._task.worker.address
-        increment = Increment(*self._pending, worker)
-        self._pending = (0, 0, 0, 0)
+        counts = {name: self._pending[name] for name in _COUNTED}
+        increment = Increment(worker=worker, **counts)
+        self._pending.clear()
         if self._task is None:
             _here.send(increment)
         else:

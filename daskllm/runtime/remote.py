@@ -1,7 +1,7 @@
 """A session whose engine is on another worker: the same calls, answered there.
 
 It owns asking, polling, giving up, and doing rows again where a stage was lost with its worker. It refuses to
-know how a stage runs.
+know how a stage runs and which copy of the model is asked (`chains`).
 """
 
 from __future__ import annotations
@@ -15,22 +15,27 @@ from distributed import Client
 from distributed.protocol import to_serialize
 from distributed.utils import sync
 
-from daskllm.checkpoint import open_checkpoint
+from daskllm.metrics import EngineMetrics
 from daskllm.models import describe
-from daskllm.runtime.heirs import succeed
+from daskllm.runtime.chains import Chains
+from daskllm.runtime.loading import files_of
 from daskllm.runtime.wire import Node, ask
 from daskllm.runtime.worker import current_worker
+from daskllm.text.encode import Encoded, Encoder
 from daskllm.text.tokenizer import Tokenizer
-from daskllm.types import StageLostError
+from daskllm.types import SamplingParams, StageLostError
 
 if TYPE_CHECKING:
-    from daskllm.session import Progress, Score
-    from daskllm.types import Completion, ModelSpec, Prompt, SamplingParams
+    from daskllm.results import Embedding, Score
+    from daskllm.session import Progress
+    from daskllm.types import Completion, ModelSpec, Pooling, Prompt
 
-__all__ = ["RemoteSession", "reach"]
+    Rows = Sequence[tuple[int, list[Completion]]]
+
+__all__ = ["RemoteSession", "node_for", "reach"]
 
 _LOSSES = 6
-"""How many times rows are done again before their loss is an error."""
+"""How many times rows are done again, besides once for each copy, before their loss is an error."""
 
 _clients: weakref.WeakValueDictionary[ModelSpec, Client] = weakref.WeakValueDictionary()
 
@@ -43,54 +48,105 @@ def reach(spec: ModelSpec, client: Client) -> None:
 class RemoteSession:
     """As `daskllm.session.Session`; its rows go to the worker of the last stage and their answers come back.
 
+    All rows of one call go to the same copy of the model.
+
     Args:
-        spec: with stages.
+        spec: with stages or replicas.
+
+    Attributes:
+        metrics: what was done at this end; each engine has its own.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
-        checkpoint = open_checkpoint(spec.path, spec.revision)
+        self.metrics = EngineMetrics()
+        checkpoint = files_of(spec)
         try:
             self.config = describe(checkpoint.config)
             self.tokenizer = Tokenizer.from_directory(checkpoint.path)
         finally:
             checkpoint.close()
         self.context = self.config.max_positions
-        self._present = spec
+        self._encoder = Encoder(self.tokenizer, self.config.vocab_size, self.context)
+        self._chains = Chains(spec, self.config)
 
     def close(self) -> None:
-        """Nothing is held here."""
+        """Nothing but the search for lost copies' places is going on here."""
+        self._chains.close()
+
+    def encode(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
+    ) -> list[Encoded]:
+        """See `daskllm.session.Session.encode`."""
+        return self._encoder.encode(prompts, params)
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Prompt | Encoded],
         params: SamplingParams | Sequence[SamplingParams],
         *,
         job_seed: int = 0,
         places: Sequence[tuple[int, ...]] | None = None,
+        priority: int = 0,
         progress: Callable[[Progress], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
+        finished: Callable[[Rows], None] | None = None,
     ) -> list[list[Completion]]:
         """See `daskllm.session.Session.generate`.
 
-        Where a worker that holds layers is lost, its layers go to another and the rows are done again.
+        Where a worker that holds layers is lost, the rows that have not finished are done again by another
+        copy of the model, or by the same one when its layers are on another worker.
 
         Raises:
             PlanError: the workers that are left have no room for them.
             StageLostError: one worker was lost after another.
         """
-        arguments = {"prompts": prompts, "params": params, "job_seed": job_seed, "places": places}
-        return self._answer("generate", arguments, progress, cancelled)
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        where = [(row,) for row in range(len(prompts))] if places is None else places
+        answers: dict[int, list[Completion]] = {}
+        asked: list[int] = []
+        arguments: dict[str, Any] = {"job_seed": job_seed, "priority": priority}
+
+        def ask_for_the_rest() -> bool:
+            asked[:] = [row for row in range(len(prompts)) if row not in answers]
+            for name, values in (("prompts", prompts), ("params", each), ("places", where)):
+                arguments[name] = [values[row] for row in asked]
+            return bool(asked)
+
+        def take(rows: Rows) -> None:
+            mine = [(asked[position], samples) for position, samples in rows]
+            answers.update(mine)
+            if finished is not None and mine:
+                finished(mine)
+
+        if ask_for_the_rest():
+            self._answer("generate", arguments, progress, cancelled, take, ask_for_the_rest)
+        return [answers[row] for row in range(len(prompts))]
 
     def score(
         self,
         prompts: Sequence[Prompt],
         *,
+        priority: int = 0,
         progress: Callable[[Progress], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> list[Score]:
         """See `daskllm.session.Session.score`."""
-        return self._answer("score", {"prompts": prompts}, progress, cancelled)
+        return self._answer("score", {"prompts": prompts, "priority": priority}, progress, cancelled)
+
+    def embed(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        pooling: Pooling = "mean",
+        normalize: bool = True,
+        priority: int = 0,
+        progress: Callable[[Progress], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> list[Embedding]:
+        """See `daskllm.session.Session.embed`."""
+        arguments = {"prompts": prompts, "pooling": pooling, "normalize": normalize, "priority": priority}
+        return self._answer("embed", arguments, progress, cancelled)
 
     def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[str]:
         """See `daskllm.session.Session.stream`."""
@@ -111,13 +167,27 @@ class RemoteSession:
         arguments: dict[str, Any],
         progress: Callable[[Progress], None] | None,
         cancelled: Callable[[], bool] | None,
+        take: Callable[[Rows], None] | None = None,
+        ask_for_the_rest: Callable[[], bool] | None = None,
     ) -> Any:
+        """The result of a call that is no stream.
+
+        Args:
+            take: gets the rows that have finished; rows are no result then.
+            ask_for_the_rest: called where a stage was lost; it takes out of ``arguments`` what has finished,
+                and tells whether anything is left.
+        """
         result = None
         for news in self._kept(kind, arguments):
             if news is None:
+                if ask_for_the_rest is not None and not ask_for_the_rest():
+                    break
                 continue
+            counted, rows = news["made"]
+            if take is not None:
+                take(rows)
             if progress is not None:
-                for counts in news["counts"]:
+                for counts in counted:
                     progress(counts)
             if news["done"]:
                 result, _ = news["end"]
@@ -127,20 +197,23 @@ class RemoteSession:
 
     def _kept(self, kind: str, arguments: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
         """As `_news`; None where it starts again because a stage was lost."""
-        for _ in range(_LOSSES):
-            try:
-                yield from self._news(kind, arguments)
-                return
-            except StageLostError as error:
-                lost = error
-            node = _node(self.spec)
-            self._present = sync(node.loop, succeed, node, self._present, self.config)
+        rows = len(arguments.get("prompts", ("the one prompt of a stream",)))
+        for _ in range(_LOSSES + len(self.spec.replicas)):
+            node = node_for(self.spec)
+            with self._chains.chosen(node, rows) as chain:
+                try:
+                    yield from self._news(node, chain, kind, arguments)
+                    return
+                except StageLostError as error:
+                    lost = error
+            self._chains.lose(node, chain)
             yield None
         raise lost
 
-    def _news(self, kind: str, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _news(
+        self, node: Node, spec: ModelSpec, kind: str, arguments: dict[str, Any]
+    ) -> Iterator[dict[str, Any]]:
         """What the engine's worker says of a call, a few times a second, until it is done."""
-        node, spec = _node(self.spec), self._present
         engine = spec.stages[-1].worker
 
         async def request(handler: str, message: dict[str, Any]) -> Any:
@@ -152,7 +225,8 @@ class RemoteSession:
         def there(handler: str, **message: Any) -> Any:
             return sync(node.loop, request, handler, message)
 
-        name = there("ask", spec=to_serialize(spec), kind=kind, arguments=to_serialize(arguments))
+        specs = {"spec": to_serialize(spec), "first": to_serialize(self.spec)}
+        name = there("ask", **specs, kind=kind, arguments=to_serialize(arguments))
         done = False
         try:
             while not done:
@@ -163,16 +237,16 @@ class RemoteSession:
                     done = isinstance(error, Exception)
                     raise
                 done = news["done"]
+                yield news  # what finished before something was raised, too
                 if done and (raised := news["end"][1]) is not None:
                     raise raised
-                yield news
         finally:
             if not done:
                 with suppress(StageLostError):
                     there("drop", name=name)
 
 
-def _node(spec: ModelSpec) -> Node:
+def node_for(spec: ModelSpec) -> Node:
     """Who can reach workers from here: this task's worker, the model's own client, or the current one."""
     node: Node | None = current_worker()
     if node is not None:

@@ -11,36 +11,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from daskllm.runtime.call import Call, Place
-from daskllm.runtime.columns import attach, cells, columns_of, labels_of
 from daskllm.runtime.local import abandonment
-from daskllm.runtime.process import session_for
+from daskllm.runtime.process import using
 from daskllm.runtime.progress import Reporter
+from daskllm.runtime.recall import generated
 from daskllm.runtime.worker import current_task
 from daskllm.types import Prompt
 
 if TYPE_CHECKING:
     from daskllm.session import Session
 
-__all__ = ["PLACE", "answer_bag", "answer_rows", "answer_table", "number_rows", "plain"]
-
-PLACE = "__daskllm_place__"
-"""The column that carries each row's place past a filter: partition << 32 | row, int64."""
-_ROW_BITS = 32
-
-
-def number_rows(table: pd.DataFrame, number: int) -> pd.DataFrame:
-    """``table`` with the column `PLACE`, for the partition of that number."""
-    start = number << _ROW_BITS
-    return attach(table, {PLACE: range(start, start + len(table))})
-
-
-def answer_table(table: pd.DataFrame, call: Call) -> pd.DataFrame:
-    """``table`` with the call's columns added; its places come from the column `PLACE` where it has one."""
-    rest, places = _take_places(table)
-    return attach(rest, columns_of(answer_rows(cells(rest, call.labels), call, places), call))
+__all__ = ["answer_bag", "answer_rows", "plain"]
 
 
 def answer_bag(items: Iterable[Any], numbers: Iterable[int], call: Call) -> list[Any]:
@@ -52,14 +34,17 @@ def answer_bag(items: Iterable[Any], numbers: Iterable[int], call: Call) -> list
 
 
 def plain(answer: Any, call: Call) -> Any:
-    """What a user sees of one row's answer: a score's number, one sample's `Completion`, or n of them."""
+    """What a user sees of one row's answer: a score's number or an embedding's vector (NaN where the row
+    failed), one sample's `Completion`, or n of them."""
+    if call.kind == "embed":
+        return answer.vector
     if call.kind == "score":
         return answer.logprob if answer.error is None else float("nan")
     return answer[0] if call.params.n == 1 else answer
 
 
 def answer_rows(rows: Sequence[Sequence[Any]], call: Call, places: Sequence[Place]) -> Sequence[Any]:
-    """For each row its `Score`, or the list of its samples, in order.
+    """For each row its `Score`, its `Embedding`, or the list of its samples, in order.
 
     Args:
         rows: for each row the cells of ``call.labels``.
@@ -83,15 +68,19 @@ def answer_rows(rows: Sequence[Sequence[Any]], call: Call, places: Sequence[Plac
 
 def _answers(run: _Run, prompts: list[Prompt], call: Call, places: Sequence[Place]) -> Sequence[Any]:
     if call.kind == "score":
-        return run.session.score(prompts, progress=run.report, cancelled=run.cancelled)
-    return run.session.generate(
-        prompts,
-        call.params,
-        job_seed=call.job_seed,
-        places=places,
-        progress=run.report,
-        cancelled=run.cancelled,
-    )
+        return run.session.score(
+            prompts, priority=call.priority, progress=run.report, cancelled=run.cancelled
+        )
+    if call.kind == "embed":
+        return run.session.embed(
+            prompts,
+            pooling=call.pooling,
+            normalize=call.normalize,
+            priority=call.priority,
+            progress=run.report,
+            cancelled=run.cancelled,
+        )
+    return generated(run.session, prompts, call, places, run.report, run.cancelled)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +94,6 @@ class _Run:
 def _watched(call: Call) -> Iterator[_Run]:
     """This process's session, with the callbacks that tie a batch to the task that waits for it."""
     given_up = abandonment(call)
-    session = session_for(call.spec)
     task = current_task()
     report = Reporter(task)
 
@@ -115,20 +103,14 @@ def _watched(call: Call) -> Iterator[_Run]:
         task.make_room()
         return task.cancelled()
 
+    if task is not None:
+        task.begin()
     try:
-        yield _Run(session, report, cancelled)
+        with using(call.spec) as session:
+            yield _Run(session, report, cancelled)
     finally:
         try:
             report.flush()
         finally:
             if task is not None:
                 task.done()
-
-
-def _take_places(table: pd.DataFrame) -> tuple[pd.DataFrame, list[Place]]:
-    (label,) = labels_of([PLACE], table.columns)
-    if label not in table.columns:
-        return table, [(0, row) for row in range(len(table))]
-    mask = (1 << _ROW_BITS) - 1
-    places: list[Place] = [(place >> _ROW_BITS, place & mask) for place in table[label].tolist()]
-    return table.drop(columns=[label]), places

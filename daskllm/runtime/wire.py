@@ -29,7 +29,7 @@ CONNECT_SECONDS = 5.0
 """A worker that is there takes milliseconds; Dask's own limit of 30 s would leave callers in the dark."""
 
 Message: TypeAlias = Mapping[str, Any]
-_INTS = ("tokens", "positions", "slots", "tables", "tiles", "logit_rows")
+_INTS = ("tokens", "positions", "slots", "tables", "tiles", "wanted")
 
 
 class Node(Protocol):

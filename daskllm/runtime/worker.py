@@ -4,6 +4,9 @@ A worker should have two partitions in flight, so that its batch does not drain 
 with several threads has them anyway. With one thread, a task that waits for its rows leaves the thread pool
 (`distributed.secede`), which lets the worker start the next, as long as no other task of that worker is
 outside the pool: at most two are in flight, and the rest of the queue stays where it can be stolen.
+
+A task of a higher priority does not wait for one of these to end: they leave the pool for it, and what comes
+into the pool behind it waits until there are two, or one for each thread, in flight again.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import threading
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import dask.config
@@ -20,12 +24,16 @@ from daskllm import machine
 
 if TYPE_CHECKING:
     from distributed import Worker
+    from distributed.worker_state_machine import TaskState
 
 __all__ = ["WorkerTask", "announce_share", "current_task", "current_worker", "set_share"]
 
-# Of each worker in this process, the key of the one task that is outside its thread pool.
-_outside: dict[str, Any] = {}
-_outside_lock = threading.Lock()
+_LOOK_SECONDS = 0.1
+"""How often a task that waits to begin looks whether it is still wanted, or another more so."""
+
+# Of each worker in this process the tasks in flight; whoever waits to be one of them is told of changes.
+_begun: defaultdict[str, list[WorkerTask]] = defaultdict(list)
+_turns = threading.Condition()
 
 
 def current_worker() -> Worker | None:
@@ -72,16 +80,19 @@ def set_share(worker: Worker, cluster: dict[str, Any]) -> None:
 
 
 class WorkerTask:
-    """One running task, used by its own thread alone.
+    """One running task, used by its own thread alone: begun, perhaps out of its pool meanwhile, done.
 
     Attributes:
         worker: the worker that runs it.
         key: its Dask key.
+        urgency: its priority as a user gives it; more is sooner.
     """
 
     def __init__(self, worker: Worker, key: Any) -> None:
         self.worker = worker
         self.key = key
+        known = worker.state.tasks.get(key)
+        self.urgency = 0 if known is None else _urgency(known)
         self._left = False
 
     def cancelled(self) -> bool:
@@ -90,24 +101,58 @@ class WorkerTask:
         task = self.worker.state.tasks.get(self.key)
         return task is None or task.state not in ("executing", "long-running")
 
+    def begin(self) -> None:
+        """Wait until the worker has room for one more in flight, more urgent ones not counted against it.
+
+        There is none only after tasks left the pool for an urgent one, and the next came in behind that.
+
+        Raises:
+            Reschedule: a more urgent task waits for the thread; nothing is lost, since nothing is begun.
+            InterruptedError: the task was cancelled.
+        """
+        room = max(2, self.worker.state.nthreads)
+        with _turns:
+            begun = _begun[self.worker.id]
+            while sum(other.urgency >= self.urgency for other in begun) >= room:
+                if self.cancelled():
+                    raise InterruptedError("the rows were cancelled")
+                if self._more_urgent_waits():
+                    from distributed import Reschedule
+
+                    raise Reschedule
+                _turns.wait(_LOOK_SECONDS)
+            begun.append(self)
+
     def make_room(self) -> None:
-        """Leave the thread pool of a one-thread worker, unless another of its tasks is outside already."""
-        if self._left or self.worker.state.nthreads != 1 or not _in_pool():
+        """Leave the thread pool of a one-thread worker, unless another of its tasks is outside already.
+
+        Where a more urgent task waits for a thread, leave it anyway.
+        """
+        if self._left or not _in_pool():
             return
-        with _outside_lock:
-            if self.worker.id in _outside:
+        with _turns:
+            alone = not any(other._left for other in _begun[self.worker.id])
+            if not (self.worker.state.nthreads == 1 and alone) and not self._more_urgent_waits():
                 return
-            _outside[self.worker.id] = self.key
+            self._left = True
         from distributed import secede
 
         secede()
-        self._left = True
 
     def done(self) -> None:
-        """Let another task of this worker leave the pool."""
-        if self._left:
-            with _outside_lock:
-                del _outside[self.worker.id]
+        """Let another task of this worker begin, or leave the pool."""
+        with _turns:
+            _begun[self.worker.id].remove(self)
+            _turns.notify_all()
+
+    def _more_urgent_waits(self) -> bool:
+        # The event loop's thread changes the set meanwhile; a copy is made in one piece.
+        return any(_urgency(other) > self.urgency for other in tuple(self.worker.state.ready))
+
+
+def _urgency(task: TaskState) -> int:
+    # What a user gives comes first in a priority, negated; the rest is the order in the graph.
+    return -task.priority[0] if task.priority else 0
 
 
 def _in_pool() -> bool:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+import platform
+import subprocess
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+INPUTS = Path(__file__).resolve().parents[2] / "build" / "bench"
 VOCABULARY = 49152
 SHAPES: dict[str, dict[str, Any]] = {
     "135M": {
@@ -74,5 +77,19 @@ def make_work(path: Path, rows: int = 64, seed: int = 0) -> Path:
     for _ in range(rows):
         prompt = [draw.randrange(1, VOCABULARY) for _ in range(length(100, 0.6, 16, 512))]
         work.append({"prompt": prompt, "out": length(40, 0.9, 4, 256)})
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(work))
     return path
+
+
+def last_line(command: list[str]) -> dict[str, Any]:
+    """Run a command; the JSON on its last line."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def cpu() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor()

@@ -12,32 +12,16 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import platform
 import shlex
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from inputs import make_model, make_work
+from inputs import INPUTS, cpu, last_line, make_model, make_work
 
 HERE = Path(__file__).resolve().parent
-INPUTS = HERE.parents[1] / "build" / "bench"
-
-
-def last_line(command: list[str]) -> dict[str, Any]:
-    """Run a command; the JSON on its last line."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def cpu() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.processor()
 
 
 def main() -> None:
@@ -48,7 +32,6 @@ def main() -> None:
     parser.add_argument("--peer", action="append", default=[], help="a command; may be given again")
     parser.add_argument("--workers", type=int, help="run daskllm on a local cluster")
     args = parser.parse_args()
-    INPUTS.mkdir(parents=True, exist_ok=True)
     model = args.model or make_model(INPUTS / "llama-135M")
     work = args.work or make_work(INPUTS / "work.json")
 

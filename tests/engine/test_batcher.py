@@ -14,8 +14,8 @@ from daskllm.engine.sequence import Request, SequenceState
 from daskllm.types import SamplingParams
 
 
-def sequence(prompt: int, out: int = 1) -> SequenceState:
-    return SequenceState.of(Request([1] * prompt, SamplingParams(max_tokens=out)), 0)
+def sequence(prompt: int, out: int = 1, priority: int = 0) -> SequenceState:
+    return SequenceState.of(Request([1] * prompt, SamplingParams(max_tokens=out), priority=priority), 0)
 
 
 def counts(step: Step) -> list[int]:
@@ -29,6 +29,9 @@ def check(batcher: Batcher, step: Step) -> None:
     assert sum(counts(step)) <= batcher.max_tokens
     assert len(batcher.running) <= batcher.max_sequences
     assert not any(s.blocks or s.computed for s in batcher.waiting)
+    for rows in (batcher.waiting, batcher.running):
+        priorities = [s.request.priority for s in rows]
+        assert priorities == sorted(priorities, reverse=True)
     for chunk in step.chunks:
         assert chunk.sequence in batcher.running
         assert 1 <= chunk.count <= chunk.sequence.remaining
@@ -59,13 +62,15 @@ def drive(batcher: Batcher, limit: int = 10_000) -> list[SequenceState]:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    rows=st.lists(st.tuples(st.integers(1, 150), st.integers(1, 90)), min_size=1, max_size=25),
+    rows=st.lists(
+        st.tuples(st.integers(1, 150), st.integers(1, 90), st.integers(0, 2)), min_size=1, max_size=25
+    ),
     blocks=st.integers(1, 24),
     width=st.integers(1, 8),
     budget=st.integers(1, 200),
 )
 def test_every_row_ends_and_nothing_leaks(
-    rows: list[tuple[int, int]], blocks: int, width: int, budget: int
+    rows: list[tuple[int, int, int]], blocks: int, width: int, budget: int
 ) -> None:
     batcher = Batcher(BlockPool(blocks), width, budget)
     wanted = [sequence(*row) for row in rows]
@@ -112,6 +117,43 @@ def test_the_last_comer_gives_way() -> None:
     assert batcher.running == [old]
     assert list(batcher.waiting) == [new]
     assert new.produced > 0, "it keeps the tokens that it has"
+
+
+def test_an_urgent_row_goes_before_those_that_wait_and_behind_its_like() -> None:
+    batcher = Batcher(BlockPool(100), 2, 512)
+    job = [sequence(4, 50) for _ in range(5)]
+    first, second = sequence(4, 50, priority=1), sequence(4, 50, priority=1)
+    for s in (*job, first, second):
+        batcher.add(s)
+    assert list(batcher.waiting) == [first, second, *job]
+    batcher.waiting.clear()
+    for s in job:
+        batcher.add(s)
+    batcher.advance(batcher.schedule())
+    batcher.add(first)
+    batcher.add(second)
+    batcher.finish(job[1])
+    step = batcher.schedule()
+    assert {c.sequence for c in step.chunks} == {job[0], first}
+    assert list(batcher.waiting) == [second, *job[2:]]
+
+
+def test_an_urgent_row_keeps_its_blocks_longest() -> None:
+    batcher = Batcher(BlockPool(5), 8, 512)
+    old, urgent = sequence(BLOCK_SIZE - 1, 200), sequence(2 * BLOCK_SIZE, 200, priority=1)
+    batcher.add(old)
+    batcher.advance(batcher.schedule())
+    old.tokens.append(0)
+    batcher.add(urgent)
+    while batcher.preemptions == 0:
+        step = batcher.schedule()
+        check(batcher, step)
+        complete = [c.sequence for c in step.chunks if c.completes]
+        batcher.advance(step)
+        for s in complete:
+            s.tokens.append(0)
+    assert batcher.running == [urgent]
+    assert list(batcher.waiting) == [old]
 
 
 def test_a_row_that_can_never_fit_fails_and_the_next_runs() -> None:

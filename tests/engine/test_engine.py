@@ -13,20 +13,22 @@ from daskllm.engine.batch import Batch
 from daskllm.engine.batcher import Batcher
 from daskllm.engine.engine import Engine, EngineClosedError
 from daskllm.engine.kvcache import BlockPool, KVCache
+from daskllm.engine.runner import LOGIT_ROWS
 from daskllm.engine.sequence import Request
-from daskllm.types import SamplingParams
+from daskllm.types import Pooling, SamplingParams
 
 VOCAB = 1000
 
 
 class Counting:
-    """Predicts each token's successor."""
+    """Predicts each token's successor; a hidden state is the token's id."""
 
     device = "cpu"
 
     def __init__(self) -> None:
         self.cache = KVCache(1, 0, 1, 16, torch.float32)
         self.steps: list[Batch] = []
+        self.logit_rows = 0
         self.gate = threading.Event()
         self.gate.set()
         self.error: Exception | None = None
@@ -36,8 +38,12 @@ class Counting:
         if self.error is not None:
             raise self.error
         self.steps.append(batch)
-        rows = torch.zeros(len(batch.logit_rows), VOCAB)
-        rows[torch.arange(len(rows)), (batch.tokens[batch.logit_rows] + 1) % VOCAB] = 10.0
+        return batch.tokens[batch.wanted][:, None].float()
+
+    def logits(self, normed: torch.Tensor) -> torch.Tensor:
+        self.logit_rows += len(normed)
+        rows = torch.zeros(len(normed), VOCAB)
+        rows[torch.arange(len(rows)), (normed[:, 0].long() + 1) % VOCAB] = 10.0
         return rows
 
 
@@ -51,7 +57,7 @@ def engine() -> Iterator[Engine]:
 
 
 def ask(first: int, out: int, caller: object = None, **rest: Any) -> Request:
-    names = {k: rest.pop(k) for k in ("stop_ids", "on_token", "score") if k in rest}
+    names = {k: rest.pop(k) for k in ("stop_ids", "on_token") if k in rest}
     return Request([first], SamplingParams(max_tokens=out, **rest), caller=caller, **names)
 
 
@@ -154,12 +160,69 @@ def test_closing_fails_who_waits(engine: Engine) -> None:
 def test_samples_beside_a_scored_prompt(engine: Engine) -> None:
     runner: Any = engine.runner
     runner.gate.clear()
-    scored = engine.submit([Request([30, 31, 32], SamplingParams(max_tokens=1), score=True)])
+    scored = engine.submit([Request([30, 31, 32], SamplingParams(max_tokens=1), kind="score")])
     samples = engine.submit([Request([5], SamplingParams(max_tokens=1, n=4, temperature=1e-3))])
     runner.gate.set()
     engine.wait([*scored, *samples], 20)
     assert [s.token_ids for s in samples[0].samples if s] == [(6,)] * 4
     assert [len(s.scores or ()) for s in scored[0].samples if s] == [2]
+
+
+def test_no_more_logits_than_are_needed(engine: Engine) -> None:
+    runner: Any = engine.runner
+    one = SamplingParams(max_tokens=1)
+    for kind, logit_rows in (("embed", 0), ("score", 299), ("generate", 1)):
+        runner.logit_rows = 0
+        [ticket] = engine.submit([Request(list(range(300)), one, kind=kind)])  # type: ignore[arg-type]
+        engine.wait([ticket], 20)
+        assert runner.logit_rows == logit_rows
+    [ticket] = engine.submit([Request([5] * 40, SamplingParams(max_tokens=1, n=3, temperature=1e-3))])
+    runner.logit_rows = 0
+    engine.wait([ticket], 20)
+    assert runner.logit_rows == 1
+
+
+def test_logits_of_scored_texts_are_never_all_held(engine: Engine) -> None:
+    runner: Any = engine.runner
+    widths, logits = [], runner.logits
+
+    def measured(normed: torch.Tensor) -> torch.Tensor:
+        widths.append(len(normed))
+        return logits(normed)
+
+    runner.logits = measured
+    engine.batcher.max_tokens = 1000
+    one = SamplingParams(max_tokens=1)
+    tickets = engine.submit([Request(list(range(i, i + 199)), one, kind="score") for i in range(3)])
+    engine.wait(tickets, 20)
+    assert len(runner.steps) == 1
+    assert widths == [LOGIT_ROWS, LOGIT_ROWS, 3 * 198 - 2 * LOGIT_ROWS]
+    scores = [s.scores for t in tickets for s in t.samples if s is not None]
+    assert [len(one or ()) for one in scores] == [198] * 3
+    assert min(score for one in scores for score in one or ()) > -0.1  # each token is its successor's
+
+
+@pytest.mark.parametrize(("pooling", "expected"), [("mean", 47.5), ("last", 95.0)])
+def test_a_preempted_row_is_pooled_from_its_beginning(pooling: Pooling, expected: float) -> None:
+    runner: Any = Counting()
+    small = Engine(runner, Batcher(BlockPool(5), 4, 2), context=200, threads=1)
+    runner.gate.clear()
+    try:
+        # Two tokens a step: the first row, one of them once it decodes, wants a third block long before the
+        # second has read its prompt.
+        grows = small.submit([Request(list(range(31)), SamplingParams(max_tokens=60))])
+        read = small.submit(
+            [Request(list(range(96)), SamplingParams(max_tokens=1), kind="embed", pooling=pooling)]
+        )
+        runner.gate.set()
+        small.wait([*grows, *read], 20)
+        [sample] = read[0].samples
+        assert sample is not None
+        assert small.batcher.preemptions == 1
+        assert sample.pooled is not None
+        assert sample.pooled.tolist() == [expected]
+    finally:
+        small.close()
 
 
 def test_samples_share_one_prefill_though_the_first_ends_at_once(engine: Engine) -> None:

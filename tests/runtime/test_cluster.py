@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dask
+import numpy as np
 import pytest
 from distributed import Client
 
@@ -12,13 +13,21 @@ from tests.fake_session import FakeLLM
 
 @pytest.mark.parametrize(("rows", "workers"), [(0, 1), (1, 4), (100, 2), (5000, 3), (100_000, 4)])
 def test_batches_cover_the_rows_and_fill_the_workers(rows: int, workers: int) -> None:
-    pieces = batches(rows, workers)
-    assert [i for piece in pieces for i in range(piece.start, piece.stop)] == list(range(rows))
-    sizes = [piece.stop - piece.start for piece in pieces]
+    dealt = batches(np.ones(rows), workers)
+    assert sorted(row for batch in dealt for row in batch) == list(range(rows))
+    sizes = [len(batch) for batch in dealt]
     assert max(sizes, default=0) <= 256
     if rows >= 64 * workers:
-        assert min(sizes[:-1]) >= 32
+        assert min(sizes) >= 32
         assert len(sizes) >= 2 * workers
+
+
+def test_batches_cost_the_same_and_few_long_rows_are_spread() -> None:
+    assert [len(batch) for batch in batches(np.full(8, 10_000.0), 2)] == [1] * 8
+    costs = np.where(np.arange(200) % 50 == 0, 500.0, 5.0)
+    spent = [costs[batch].sum() for batch in batches(costs, 2)]
+    assert max(spent) - min(spent) <= 500
+    assert sum(cost >= 500 for cost in spent) == 4
 
 
 def test_without_a_client_rows_stay_here() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import dask
 import dask.bag as db
 import dask.dataframe as dd
+import numpy as np
 import pandas as pd
 import pytest
 from distributed import Client, LocalCluster, Worker
@@ -108,6 +109,9 @@ def test_tokens_equal_one_process(two_processes: Client, paths: dict[str, Path],
         assert llm.generate(PROMPTS, **sampling) == expected
     scored = [p for p in PROMPTS if p]
     assert llm.score(scored, tokens=True) == asked_here(whole, lambda m: m.score(scored, tokens=True))
+    for pooling in ("mean", "last"):
+        expected = asked_here(whole, lambda m, p=pooling: m.embed(PROMPTS, pooling=p))
+        np.testing.assert_array_equal(llm.embed(PROMPTS, pooling=pooling), expected)
     llm.close()
     whole.close()
 
@@ -307,7 +311,9 @@ def test_what_fits_nowhere_any_more_is_a_clear_error(
         Client(cluster, set_as_default=False) as client,
     ):
         llm = daskllm.load(paths["llama-gqa"], client=client, stages=2)
-        monkeypatch.setattr(heirs, "cluster_of", lambda _: Cluster.of(1, memory=1000, name="tcp://left"))
+        monkeypatch.setattr(
+            heirs, "cluster_of", lambda *_, **__: Cluster.of(1, memory=1000, name="tcp://left")
+        )
         client.retire_workers([llm.spec.stages[0].worker], close_workers=True, remove=True)
         with pytest.raises(PlanError, match="embed"):
             llm.generate(["again"])

@@ -27,13 +27,13 @@ def carried(message: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", None])
 def test_a_step_arrives_as_it_left(dtype: str | None) -> None:
-    batch = Batch.of([Chunk([7, 8, 9], 31, [4, 2]), Chunk([1], 0, [3], 0)])
+    batch = Batch.of([Chunk([7, 8, 9], 31, [4, 2], range(2, 3)), Chunk([1], 0, [3])])
     hidden = None if dtype is None else torch.randn(4, 6).to(getattr(torch, dtype))
     message = carried(pack(Flight(5, batch, ((1, 2), (3, 4)), hidden), "run"))
     assert message.pop("run") == "run"
     flight = unpack(**message, dtype=dtype or "float32", device="cpu")
     assert (flight.number, flight.copies) == (5, ((1, 2), (3, 4)))
-    for name in ("tokens", "positions", "slots", "tables", "tiles", "logit_rows"):
+    for name in ("tokens", "positions", "slots", "tables", "tiles", "wanted"):
         assert torch.equal(getattr(flight.batch, name), getattr(batch, name))
     if hidden is None:
         assert flight.hidden is None

@@ -66,11 +66,12 @@ def test_the_next_task_leaves_the_pool_when_the_first_is_done(gated: FakeLLM, on
     first, second, third = one_thread.compute(frames)
     session = gated.session()
     wait_until(one_thread, lambda: session.running == 2)
-    for future in (first, second, third):
-        if future.key in {
-            task.key for w in one_thread.cluster.workers.values() for task in w.state.long_running
-        }:
-            future.cancel()
+    (worker,) = one_thread.cluster.scheduler.workers.values()
+    wait_until(one_thread, lambda: len(worker.long_running) == 1)
+    # The slice that left the pool is of the future that waits for it.
+    waiting = {merge.key for task in worker.long_running for merge in task.dependents}
+    (left,) = [future for future in (first, second, third) if future.key in waiting]
+    left.cancel()
     wait_until(one_thread, lambda: gated.rows == 3 and session.running == 2)
     Path(str(gated.spec.gate)).touch()
     assert session.most_running == 2

@@ -1,0 +1,212 @@
+"""Rows that need no model: equal ones of a call are generated once, what was answered before is looked up.
+
+It owns what makes two rows equal: the tokens that the model reads, the weights, how tokens are chosen, and
+where the draws come from. How answers are kept is `daskllm.answers`' business.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import dask.config
+
+from daskllm.answers import FLUSH_SECONDS, Answers, Place, key_of, space_of
+from daskllm.runtime.call import Call
+from daskllm.runtime.call import Place as RowPlace
+
+if TYPE_CHECKING:
+    from daskllm.runtime.progress import Reporter
+    from daskllm.session import Session
+    from daskllm.types import Completion, Prompt
+
+__all__ = ["generated", "place_for"]
+
+logger = logging.getLogger(__name__)
+
+# What a specification says of where a model is and not of what it answers. What it may say one day counts as
+# the model's until it is named here: that costs a second generation, the other way would cost right answers.
+_WHERE = frozenset({"path", "revision", "kv_memory", "content", "copy", "stages", "replicas"})
+# These are the row's: its seed is in its key, and its prompt is cut already.
+_OF_THE_ROW = frozenset({"seed", "truncate"})
+_OPEN_SPACES = 32
+
+
+def place_for(given: str | os.PathLike[str] | bool | None) -> str | None:
+    """Where answers are kept, from what a user says; None where they are not.
+
+    Args:
+        given: "auto": as Dask's configuration ``daskllm.answers`` says, else the user's cache directory. A
+            directory, an fsspec URL, or None or False.
+
+    Raises:
+        TypeError: neither of these.
+        ValueError: a URL that fsspec cannot open here.
+    """
+    if given == "auto":
+        given = dask.config.get("daskllm.answers", True)
+        if given is True:
+            # Not this user's home, but that of whoever opens it: workers may be elsewhere.
+            given = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "daskllm", "answers")
+    if given is None or given is False:
+        return None
+    if not isinstance(given, (str, os.PathLike)) or not os.fspath(given):
+        raise TypeError(f'answers must be "auto", a directory, a URL, or None, not {given!r}')
+    place = os.fspath(given)
+    if "://" not in place and not place.startswith("~"):
+        place = os.path.abspath(place)
+    Place(place)
+    return place
+
+
+def generated(
+    session: Session,
+    prompts: Sequence[Prompt],
+    call: Call,
+    places: Sequence[RowPlace],
+    report: Reporter,
+    cancelled: Callable[[], bool],
+) -> list[list[Completion]]:
+    """For each prompt its samples, as `Session.generate` would give them for all of them.
+
+    What finishes is kept at once, so that it outlives this process and an interrupt.
+
+    Raises:
+        InterruptedError: the rows were cancelled.
+    """
+    rows = _Rows(session, prompts, call, places, report)
+    try:
+        rows.recall()
+        rows.generate(places, cancelled)
+    finally:
+        rows.keep()
+    return rows.answers
+
+
+class _Rows:
+    """The rows of a call on their way."""
+
+    def __init__(
+        self,
+        session: Session,
+        prompts: Sequence[Prompt],
+        call: Call,
+        places: Sequence[RowPlace],
+        report: Reporter,
+    ) -> None:
+        self._session, self._call, self._report = session, call, report
+        self._encoded = session.encode(prompts, call.params)
+        self._kept = _kept_answers(call, session.spec)
+        self.answers: list[list[Completion]] = [[] for _ in prompts]
+        self._keys: dict[int, bytes] = {}
+        self._equal: dict[bytes, list[int]] = {}
+        for row, one in enumerate(self._encoded):
+            if one.error is None:
+                key = key_of(one.ids, _draw(call, places[row] if call.by_place else ()))
+                self._keys[row] = key
+                self._equal.setdefault(key, []).append(row)
+
+    def recall(self) -> None:
+        """Answer what is known."""
+        known = {} if self._kept is None else self._kept.get(list(self._equal))
+        for key, samples in known.items():
+            rows = self._equal.pop(key)
+            self._answer(rows, samples)
+            self._remembered(len(rows))
+
+    def generate(self, places: Sequence[RowPlace], cancelled: Callable[[], bool]) -> None:
+        """Answer the rest, one of equal rows for all of them."""
+        firsts = {rows[0] for rows in self._equal.values()}
+        asked = [r for r, one in enumerate(self._encoded) if r in firsts or one.error is not None]
+        if not asked:
+            return
+
+        def unwanted() -> bool:
+            # Called while nothing finishes too: what has finished shall not wait for the next row.
+            self.keep(FLUSH_SECONDS)
+            return cancelled()
+
+        alone = self._kept is None and all(len(rows) == 1 for rows in self._equal.values())
+        generated = self._session.generate(
+            [self._encoded[row] for row in asked],
+            self._call.params,
+            job_seed=self._call.job_seed,
+            places=[places[row] for row in asked],
+            priority=self._call.priority,
+            progress=self._report,
+            cancelled=unwanted,
+            finished=None if alone else lambda done: self._finished([(asked[i], s) for i, s in done]),
+        )
+        for row, samples in zip(asked, generated, strict=True):
+            self._answer(self._equal.get(self._keys.get(row, b""), [row]), samples)
+
+    def keep(self, waiting: float = 0.0) -> None:
+        """Have what has finished written, if it has waited for so many seconds."""
+        if self._kept is not None:
+            self._kept.flush(waiting)
+
+    def _finished(self, done: Iterable[tuple[int, list[Completion]]]) -> None:
+        whole = {}
+        for row, samples in done:
+            if row not in self._keys:
+                continue
+            key = self._keys[row]
+            failed = any(sample.error is not None for sample in samples)
+            if not failed:
+                whole[key] = samples
+            if (others := len(self._equal[key]) - 1) and not failed:
+                self._remembered(others)
+            elif others:
+                self._report.add(rows=others, errors=others)
+        if self._kept is not None and whole:
+            self._kept.put(whole)
+
+    def _answer(self, rows: Iterable[int], samples: list[Completion]) -> None:
+        for row in rows:
+            self.answers[row] = samples
+
+    def _remembered(self, rows: int) -> None:
+        self._session.metrics.remembered += rows
+        self._report.add(rows=rows, remembered=rows)
+
+
+def _draw(call: Call, place: RowPlace) -> tuple[int, ...]:
+    """What a row's random numbers come from, besides its prompt."""
+    if call.params.greedy:
+        return ()
+    return (0, call.params.seed) if call.params.seed is not None else (1, call.job_seed, *place)
+
+
+def _kept_answers(call: Call, spec: Any) -> Answers | None:
+    """Where the answers of this call's model and sampling are; None where none are to be kept."""
+    if call.answers is None or not spec.identity:
+        return None
+    return _opened(call.answers, space_of(_facts(call.params, spec)))
+
+
+def _facts(params: Any, spec: Any) -> dict[str, Any]:
+    """All that a row's tokens come from but the row itself."""
+    model = {one.name: getattr(spec, one.name) for one in fields(spec) if one.name not in _WHERE}
+    sampling = {one.name: getattr(params, one.name) for one in fields(params) if one.name not in _OF_THE_ROW}
+    # Another release may compute other bits. (An import of it would be one of the rooms above.)
+    release = sys.modules["daskllm"].__version__
+    return {"release": release, "model": model, "sampling": sampling}
+
+
+@functools.lru_cache(_OPEN_SPACES)
+def _opened(place: str, space: str) -> Answers | None:
+    try:
+        return Answers(place, space)
+    except ValueError as error:  # a worker that lacks what the client has
+        logger.warning("%s; rows go on without", error)
+        return None
+
+
+# A lock that another thread held when the process was forked stays locked in the child.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_opened.cache_clear)

@@ -1,0 +1,188 @@
+"""Partitions cut into slices when their rows are known: what a cut, a slice and a merge of a table do.
+
+A graph is built before a row is read, so it holds for each partition one cut, a fixed number of slices and
+one merge. The cut deals the rows out so that the slices take about the same time; slices that it has no rows
+for return at once. A slice holds its rows' cells alone and is small enough that there is something to steal
+at a job's end; the merge, where the partition is, puts the answers back in order.
+
+It owns what a row is expected to cost. It refuses to know how a graph is built and how rows are answered.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from daskllm.runtime.call import Call, Place
+from daskllm.runtime.columns import attach, cells, columns_of, labels_of
+from daskllm.runtime.tasks import answer_rows
+from daskllm.runtime.worker import current_worker
+
+__all__ = [
+    "ENOUGH_ROWS",
+    "ENOUGH_TOKENS",
+    "PLACE",
+    "SLICES",
+    "answer_slice",
+    "costs_of",
+    "cut_table",
+    "deal",
+    "equal_rows",
+    "merge_table",
+    "number_rows",
+    "rows_of",
+]
+
+SLICES = 8
+"""Slices of a partition, at most: each costs scheduler and worker about 1 ms, empty or not."""
+ENOUGH_ROWS = 32
+"""Two slices are in flight on a worker: of fewer rows they do not fill an engine's batch."""
+ENOUGH_TOKENS = 8192
+"""Tokens worth a slice of their own, however few the rows: seconds on a CPU, tenths of one on a GPU."""
+
+PLACE = "__daskllm_place__"
+"""The column that carries each row's place past a filter: partition << 32 | row, int64."""
+_ROW_BITS = 32
+_LIKELY_TOKENS = 128
+"""Of an answer that may end by itself, as most do long before a high ``max_tokens``."""
+_BYTES_PER_TOKEN = 4
+"""Of text in UTF-8. Close for most languages and tokenizers, and needs none of them."""
+
+Costs = npt.NDArray[np.float64]
+
+
+def costs_of(rows: Sequence[Sequence[Any]], call: Call) -> Costs:
+    """About how many tokens each row will take, in and out, float64 ``[rows]``.
+
+    What all rows share (a template's text, ``system``, examples) is left out: it changes no balance.
+
+    Args:
+        rows: for each row the cells of ``call.labels``.
+    """
+    params = call.params
+    out = 0
+    if call.generates:
+        likely = params.max_tokens if params.ignore_eos else min(params.max_tokens, _LIKELY_TOKENS)
+        out = params.n * max(likely, params.min_tokens)
+    return np.array([1 + out + sum(map(_tokens, row)) for row in rows], dtype="float64")
+
+
+def _tokens(cell: Any) -> int:
+    """About how many tokens a cell is: text, token ids, messages; whatever else it is, some number."""
+    if isinstance(cell, str):
+        size = len(cell) if cell.isascii() else len(cell.encode("utf-8", "surrogatepass"))
+        return size // _BYTES_PER_TOKEN
+    if isinstance(cell, np.ndarray):
+        return sum(map(_tokens, cell.ravel())) if cell.dtype == object else cell.size
+    if isinstance(cell, Mapping):
+        return sum(map(_tokens, cell.values()))
+    return sum(map(_tokens, cell)) if isinstance(cell, Sequence) else 1
+
+
+def deal(costs: Costs, hands: int) -> list[list[int]]:
+    """Deal rows so that all hands cost about the same: row numbers for each hand, ascending.
+
+    The costliest first, each to the hand that has least (Graham 1969, longest processing time): two hands
+    differ by one row's cost at most.
+
+    >>> deal(np.array([9.0, 1, 8, 2]), 2)
+    [[0, 1], [2, 3]]
+    """
+    if hands == 1:
+        return [list(range(len(costs)))]
+    loads = [(0.0, hand) for hand in range(hands)]
+    dealt: list[list[int]] = [[] for _ in range(hands)]
+    order = np.argsort(-costs, kind="stable")
+    for row, cost in zip(order.tolist(), costs[order].tolist(), strict=True):
+        load, hand = loads[0]
+        dealt[hand].append(row)
+        heapq.heapreplace(loads, (load + cost, hand))
+    return [sorted(hand) for hand in dealt]
+
+
+def equal_rows(rows: Sequence[Sequence[Any]], call: Call) -> list[list[int]]:
+    """The numbers of rows that get the same answer, which is computed once where they are together.
+
+    Args:
+        rows: for each row the cells of ``call.labels``.
+    """
+    if call.by_place:
+        return [[row] for row in range(len(rows))]
+    groups: dict[Any, list[int]] = {}
+    for number, row in enumerate(rows):
+        # Lists of messages or ids have no hash; they are as good as different.
+        key = tuple(row) if all(isinstance(cell, str) for cell in row) else number
+        groups.setdefault(key, []).append(number)
+    return list(groups.values())
+
+
+def rows_of(hand: Sequence[int], groups: Sequence[Sequence[int]]) -> list[int]:
+    """The numbers of the rows in some groups, ascending."""
+    return sorted(row for group in hand for row in groups[group])
+
+
+def number_rows(table: pd.DataFrame, number: int) -> pd.DataFrame:
+    """``table`` with the column `PLACE`, for the partition of that number."""
+    start = number << _ROW_BITS
+    return attach(table, {PLACE: range(start, start + len(table))})
+
+
+def cut_table(table: pd.DataFrame, call: Call) -> list[pd.DataFrame]:
+    """The rows of a partition in up to `SLICES` slices of about the same cost.
+
+    A slice has the columns that the call needs, and the rows' numbers in the partition as its index. Where
+    there is no Dask worker nobody can take a slice over, and all rows stay in one.
+    """
+    if not len(table):
+        return []
+    (place,) = labels_of([PLACE], table.columns)
+    needed = table[[*call.labels, place] if place in table.columns else [*call.labels]]
+    needed = needed.set_axis(pd.RangeIndex(len(table)), axis=0)
+    if current_worker() is None:
+        return [needed]
+    rows = cells(needed, call.labels)
+    groups = equal_rows(rows, call)
+    costs = costs_of([rows[group[0]] for group in groups], call)
+    worth = max(len(costs) // ENOUGH_ROWS, int(costs.sum() // ENOUGH_TOKENS), 1)
+    hands = deal(costs, min(worth, len(costs), SLICES))
+    return [needed.take(rows_of(hand, groups)) for hand in hands]
+
+
+def answer_slice(slices: Sequence[pd.DataFrame], number: int, call: Call) -> pd.DataFrame | None:
+    """The answers to one slice of a partition, as the call's columns; None where the cut made fewer.
+
+    The index is the slice's.
+    """
+    if number >= len(slices):
+        return None
+    rows = slices[number]
+    answers = answer_rows(cells(rows, call.labels), call, _places(rows))
+    return pd.DataFrame(columns_of(answers, call), index=rows.index)
+
+
+def merge_table(table: pd.DataFrame, call: Call, *answers: pd.DataFrame | None) -> pd.DataFrame:
+    """``table`` with the call's columns added, from the answers to its slices; without the column `PLACE`."""
+    (place,) = labels_of([PLACE], table.columns)
+    rest = table.drop(columns=[place]) if place in table.columns else table
+    return attach(rest, _in_order([one for one in answers if one is not None]) or columns_of((), call))
+
+
+def _in_order(answers: Sequence[pd.DataFrame]) -> dict[str, Any]:
+    if not answers:
+        return {}
+    whole = pd.concat(answers) if len(answers) > 1 else answers[0]
+    whole = whole.sort_index()
+    return {str(name): column.array for name, column in whole.items()}
+
+
+def _places(rows: pd.DataFrame) -> list[Place]:
+    (label,) = labels_of([PLACE], rows.columns)
+    if label not in rows.columns:
+        return [(0, row) for row in rows.index.tolist()]
+    mask = (1 << _ROW_BITS) - 1
+    return [(place >> _ROW_BITS, place & mask) for place in rows[label].tolist()]

@@ -1,0 +1,65 @@
+"""What Dask costs and what a second core brings, as one JSON object.
+
+    python tests/benchmarks/scaling.py [--model DIR] [--work FILE] [--rounds 3]
+
+Layouts are measured in turns by ``daskllm bench`` and compared by the medians of their rounds: the bare
+engine and one worker on all cores; one worker on one core; two workers of one core each, as replicas and as
+stages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import sys
+from pathlib import Path
+from statistics import median
+
+from inputs import INPUTS, cpu, last_line, make_model, make_work
+
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "bare": (2, []),
+    "one worker": (2, ["--workers", "1"]),
+    "one core": (1, ["--workers", "1"]),
+    "two replicas": (2, ["--workers", "2"]),
+    "two stages": (2, ["--workers", "2", "--stages", "2"]),
+}
+"""Cores and options of each."""
+RATIOS = {
+    "one worker / bare": ("one worker", "bare"),
+    "two replicas / one core": ("two replicas", "one core"),
+    "two stages / one core": ("two stages", "one core"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", type=Path, help="a directory (a 135M Llama of random weights)")
+    parser.add_argument("--work", type=Path, help="a work file (256 rows of skewed lengths)")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    model = args.model or make_model(INPUTS / "llama-135M")
+    work = args.work or make_work(INPUTS / "work-256.json", rows=256)
+    all_cores = sorted(os.sched_getaffinity(0))
+    command = [sys.executable, "-m", "daskllm", "bench", "--model", str(model), "--work", str(work), "--json"]
+    speeds: dict[str, list[float]] = {name: [] for name in LAYOUTS}
+    for i in range(args.rounds):
+        for name, (cores, options) in LAYOUTS.items():
+            os.sched_setaffinity(0, all_cores[:cores])
+            speeds[name].append(last_line([*command, *options])["out_tokens_per_s"])
+        print(f"round {i + 1}: { ({name: speed[-1] for name, speed in speeds.items()}) }", file=sys.stderr)
+    middle = {name: median(speed) for name, speed in speeds.items()}
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "cpu": cpu(),
+        "rounds": args.rounds,
+        "out_tokens_per_s": middle,
+        "ratios": {name: round(middle[a] / middle[b], 3) for name, (a, b) in RATIOS.items()},
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
