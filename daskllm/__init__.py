@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from daskllm.texts import generate_text, parallel_generate_text
 
 # libgomp reads it when torch is first imported. Its threads stay awake for some 3 ms after each operation,
-# and on cores that others use too a step then takes ten times as long; a tenth of a millisecond bridges the
-# gaps within a step as well.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# and on cores that others use too a step then takes ten times as long; this many turns, some 10 µs, are
+# what it grants where there are more threads than cores, and as fast on idle ones.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 __version__ = "0.1.0"
 

@@ -5,9 +5,9 @@ filter over other columns pass below the model; columns that nobody reads are no
 answer the rows that they show. The rules work on `dask.dataframe.dask_expr`'s nodes and keep its promises: a
 node's name is a hash of what it computes, partitions and divisions are the input's.
 
-When all that is done, an answered table is lowered to what its tasks are: a cut of each partition, slices that
-the model runs on, a merge with the partition. Slices are no block-wise node, so that Dask fuses the cut with
-what comes before and the merge with what comes after, and a slice with nothing.
+When all that is done, an answered table is lowered to what its tasks are: a cut of each partition, slices
+that the model runs on, a merge with the partition. Slices are no block-wise node: Dask fuses the merge with
+what comes after, and a slice with nothing.
 
 It refuses to know how a call is made and what a task does.
 """
@@ -38,7 +38,15 @@ from dask.dataframe.dask_expr._expr import (
 from daskllm.runtime.call import Call
 from daskllm.runtime.columns import labels_of, names
 from daskllm.runtime.local import protect
-from daskllm.runtime.slices import PLACE, SLICES, answer_slice, cut_table, merge_table, number_rows
+from daskllm.runtime.slices import (
+    PLACE,
+    SLICES,
+    answer_slice,
+    cut_table,
+    merge_table,
+    number_rows,
+    slice_key,
+)
 
 __all__ = ["Answered", "Cut", "Merged", "Numbered", "Sliced", "answered"]
 
@@ -190,7 +198,7 @@ class Cut(Blockwise):  # type: ignore[misc]
 
 
 class Sliced(Expr):  # type: ignore[misc]
-    """The answers to the slices of each partition: `SLICES` tasks with keys ``(name, partition, slice)``.
+    """The answers to the slices of each partition: `SLICES` tasks, whose keys are `slice_key`'s.
 
     They depend on their cut, so that Dask gives them to workers early and moves them when one is idle.
 
@@ -215,13 +223,13 @@ class Sliced(Expr):  # type: ignore[misc]
 
     def _layer(self) -> dict[Any, Task]:
         protect()  # the graph of a run is made just before it begins
-        return {
-            (self._name, part, number): Task(
-                (self._name, part, number), answer_slice, TaskRef((self.frame._name, part)), number, self.call
-            )
-            for part in range(self.npartitions)
-            for number in range(SLICES)
-        }
+        layer = {}
+        for part in range(self.npartitions):
+            cut = TaskRef((self.frame._name, part))
+            for number in range(SLICES):
+                key = slice_key(self._name, part, number)
+                layer[key] = Task(key, answer_slice, cut, number, self.call)
+        return layer
 
     def _simplify_up(self, parent: Expr, dependents: Any) -> Expr | None:
         if isinstance(parent, Partitions):
@@ -250,7 +258,7 @@ class Merged(Blockwise):  # type: ignore[misc]
         return merge_table(self.frame._meta, self.call)
 
     def _task(self, name: Any, index: int) -> Task:
-        answers = (TaskRef((self.slices._name, index, number)) for number in range(SLICES))
+        answers = (TaskRef(slice_key(self.slices._name, index, number)) for number in range(SLICES))
         return Task(name, merge_table, TaskRef((self.frame._name, index)), self.call, *answers)
 
 

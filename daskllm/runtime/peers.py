@@ -188,7 +188,9 @@ class Puller:
             await self._ask_all()
         busy: set[str] = set()
         while holders := [a for a in self._offers if self._gives(a, want) and a not in busy]:
-            address = min(holders, key=lambda a: (self._under_way[a], self._random.random()))
+            address = min(
+                holders, key=lambda a: (self._under_way[a], self._whole(a, want), self._random.random())
+            )
             self._under_way[address] += 1
             try:
                 reply = await self._read(address, want)
@@ -217,6 +219,10 @@ class Puller:
     def _gives(self, address: str, want: _Want) -> bool:
         offer = self._offers[address].get(want.file)
         return offer is not None and want.failed[address] < _TRIES and offer.covers(want.start, want.stop)
+
+    def _whole(self, address: str, want: _Want) -> bool:
+        """Whether a worker has all of a file; one that is being filled goes first, to spare those."""
+        return self._offers[address][want.file].have is None
 
     async def _read(self, address: str, want: _Want) -> memoryview | str | None:
         """A range from a worker; None where it is busy, else what went wrong."""
@@ -296,13 +302,8 @@ class PulledCheckpoint(Checkpoint):
             ModelError: no worker has them; the message says which tensor, and who was asked.
         """
         spans = [(name, *self.span(name)) for name in names]
-        missing = [
-            (f"tensor {name!r}", file.name, start, stop)
-            for name, file, start, stop in spans
-            if not self._shelf.covers(file.name, start, stop)
-        ]
-        if missing:
-            self._puller.fill(self._shelf, missing, lambda: self._closed or self._unwanted())
+        wanted = [(f"tensor {name!r}", file.name, start, stop) for name, file, start, stop in spans]
+        self._puller.fill(self._shelf, wanted, lambda: self._closed or self._unwanted())
 
     def tensor(self, name: str) -> Any:
         """See `Checkpoint.tensor`. What was never brought would read as zeros, so it is brought now."""

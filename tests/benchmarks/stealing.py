@@ -5,9 +5,8 @@
 The load is a number of endless loops on the second worker's core. Under it each worker first answers rows of
 its own, both at the same time; that gives their speeds. Ideally all of the table's rows then take as long as
 they would at the sum of the speeds. What a worker has begun it keeps, some 64 rows, so that a job of few rows
-ends
-later by chance. Bytes moved are what tasks' results took between the workers (slices of
-prompts that were stolen), and what came of the weights (none).
+ends later by chance. Bytes moved are what tasks' results took between the workers (prompts whose slices were
+stolen, answers on their way to the merge), and what came of the weights (none).
 """
 
 from __future__ import annotations
@@ -137,6 +136,7 @@ def run(client: Client, llm: LLM, workers: list[str], args: argparse.Namespace) 
     moved: Counter[str] = Counter()
     for worker, total in client.run(_received).items():
         moved.update({key: size - before[worker].get(key, 0) for key, size in total.items()})
+    # A slice's key has three parts: a name, the partition, the slice.
     steals = [event for _, event in client.get_events("stealing") if event[0] == "confirm"]
     traffic = client.run(block_traffic_on)
     ideal = args.rows / sum(speed)
@@ -147,7 +147,7 @@ def run(client: Client, llm: LLM, workers: list[str], args: argparse.Namespace) 
         "alone_seconds": round(args.rows / max(speed), 2),
         "rows_per_s": [round(one, 2) for one in speed],
         "rows": [rows_of[worker] for worker in workers],
-        "steals": sum(key_split(event[1]) == "generate" for event in steals),
+        "steals": sum(len(event[1]) == 3 for event in steals),
         "bytes_moved": {key: size for key, size in moved.items() if size},
         "block_bytes_moved": sum(sum(one["pulled"].values()) for one in traffic.values()),
         "blocks_stayed": held == llm.residency(),

@@ -30,6 +30,7 @@ from daskllm.runtime.peers import PulledCheckpoint, borrowed
 from daskllm.runtime.placing import live_cluster
 from daskllm.runtime.process import open_session_on
 from daskllm.runtime.resident import open_files
+from daskllm.runtime.shelf import checksum
 from daskllm.runtime.stages import StagePlugin
 from daskllm.text.tokenizer import Tokenizer
 from daskllm.types import ModelError, ModelSpec
@@ -211,7 +212,7 @@ def _answering(
     "change",
     [
         lambda reply: reply | {"checksum": reply["checksum"] ^ 1},
-        lambda reply: reply | {"content": to_serialize(np.zeros(3, np.uint8))},
+        lambda reply: {"content": to_serialize(np.zeros(3, np.uint8)), "checksum": checksum(bytes(3))},
         lambda reply: {},
         lambda reply: None,
         lambda reply: {"busy": True},
@@ -231,6 +232,20 @@ def test_wrong_answers_cost_a_retry_elsewhere(
     assert all(torch.equal(copy.tensor(name), tensor) for name, tensor in expected.items())
     assert calls
     assert second.served == sum(file.stat().st_size for file in copy.path.rglob("*") if file.is_file())
+
+
+def test_who_only_answers_wrongly_is_given_up(
+    servers: list[BlockServer], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, (first, second) = spec_of(path), servers
+    first.open(spec)
+    shutil.rmtree(path)
+    copy = second.open(spec)
+    calls = _answering(first, monkeypatch, lambda reply: reply | {"checksum": reply["checksum"] ^ 1})
+    name = min(copy.names, key=lambda one: copy.span(one)[2] - copy.span(one)[1])
+    with pytest.raises(ModelError, match=f"tensor '{name}'.*{first.worker.address} sent other bytes"):
+        copy.fetch([name])
+    assert len(calls) == 2
 
 
 def test_who_closes_does_not_wait_for_bytes(
