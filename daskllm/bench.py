@@ -27,9 +27,11 @@ from daskllm import __version__
 from daskllm.llm import load
 from daskllm.machine import cores
 from daskllm.models import DecoderConfig
+from daskllm.runtime.call import Call
 from daskllm.runtime.cluster import batches
 from daskllm.runtime.process import session_for
 from daskllm.runtime.stages import at_engine
+from daskllm.runtime.tasks import watched
 from daskllm.session import Session
 from daskllm.types import ModelSpec, SamplingParams
 
@@ -211,9 +213,9 @@ def _at_each(client: Client, workers: Sequence[str], function: Callable[..., Any
     return results
 
 
-def _answer(session: Session, work: Sequence[WorkRow]) -> int:
+def _answer(session: Session, work: Sequence[WorkRow], **watching: Any) -> int:
     """Generate every row of the work; the number of tokens, all of which were asked for."""
-    answers = session.generate([row.prompt for row in work], [row.sampling for row in work])
+    answers = session.generate([row.prompt for row in work], [row.sampling for row in work], **watching)
     for i, (row, (answer,)) in enumerate(zip(work, answers, strict=True)):
         if answer.completion_tokens != row.out:
             why = answer.error or f"it ended with {answer.finish_reason!r}"
@@ -222,7 +224,8 @@ def _answer(session: Session, work: Sequence[WorkRow]) -> int:
 
 
 def _answer_here(spec: ModelSpec, work: Sequence[WorkRow]) -> int:
-    return _answer(session_for(spec), work)
+    with watched(Call(spec=spec, kind="generate"), len(work)) as run:
+        return _answer(run.session, work, progress=run.report, cancelled=run.cancelled)
 
 
 def _engine_here(spec: ModelSpec) -> dict[str, Any]:

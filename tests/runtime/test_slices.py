@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -48,6 +49,7 @@ def test_all_rows_are_dealt_once_and_hands_cost_the_same(costs: list[float], han
     assert all(hand == sorted(hand) for hand in dealt)
     spent = [each[hand].sum() for hand in dealt]
     assert max(spent) - min(spent) <= each.max() * (1 + 1e-9)
+    assert all(min(each[a]) >= max(each[b]) for a, b in itertools.pairwise(h for h in dealt if h))
     assert all(dealt) or len(costs) < hands
 
 
