@@ -264,10 +264,14 @@ class Answers:
                 return
             try:
                 self._write(segment.encode(entries), time.time_ns())
-                self._tend()
             except Exception as error:  # a full disk, one that is not ours, whatever lies below: rows go on
                 self._warn("written", error)
                 self._writable = False
+                return
+            try:
+                self._tend()
+            except Exception as error:  # another's files may not be ours to remove
+                self._warn("tidied", error)
 
     def _write(self, data: pa.Buffer, time: int) -> None:
         file = _File.holding(data, time)

@@ -7,7 +7,6 @@ where the rows come from; `daskllm.runtime.remote` is the other end.
 from __future__ import annotations
 
 import asyncio
-import functools
 import threading
 import time
 import uuid
@@ -48,9 +47,14 @@ class Calls:
     async def ask(self, spec: ModelSpec, first: ModelSpec, kind: str, arguments: Mapping[str, Any]) -> str:
         """Start a call of a session's method ``kind``; its name for `poll` and `drop`."""
         session = await self._enter(spec, first)
-        call = _Call(session, kind, arguments, functools.partial(self._leave, spec))
         name = uuid.uuid4().hex
-        self._calls[name] = call
+
+        def over() -> None:
+            self._leave(spec)
+            # One whose caller is gone would keep its rows for good.
+            asyncio.get_running_loop().call_later(SILENCE_SECONDS, self._calls.pop, name, None)
+
+        call = self._calls[name] = _Call(session, kind, arguments, over)
         call.start()
         return name
 
@@ -129,7 +133,7 @@ class _Call:
             self._tell(self._pieces_add, piece)
             if self._unwanted():
                 pieces.close()  # type: ignore[attr-defined]
-                return
+                raise InterruptedError(f"nobody has read the stream for {SILENCE_SECONDS:.0f} s")
 
     def _unwanted(self) -> bool:
         return self.dropped or time.monotonic() - self._heard > SILENCE_SECONDS
@@ -160,5 +164,6 @@ class _Call:
 
     def _finish(self) -> None:
         self._over()
+        del self._session  # and with it a model that may have been replaced meanwhile
         self._done = True
         self._changed.set()

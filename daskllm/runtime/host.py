@@ -199,6 +199,8 @@ class StageHost:
                 await self._drop(older)
             set_share(self.worker, await self.worker.scheduler.identity())
             part = self._parts[spec] = _Part(spec, number, run)
+            # From now on: an engine that dies while this loads would leave the layers here for good.
+            part.watches = [asyncio.create_task(self._guard(part, len(spec.stages) - 1))]
             try:
                 return await self._load(part)
             except BaseException:
@@ -209,7 +211,6 @@ class StageHost:
         """Be ready for steps over a cache of so many KV blocks."""
         part = self._part(run)
         await self._begin(part, blocks)
-        part.watches = [asyncio.create_task(self._guard(part, len(part.spec.stages) - 1))]
 
     async def step(
         self, run: str, number: int, copies: Any, shapes: Any, ints: Any, hidden: Any = None

@@ -117,7 +117,7 @@ class Reporter:
         """Add to fields of the next `Increment`."""
         self._pending.update(counts)
         if self._task is not None:
-            self._task.rows -= counts.get("rows", 0)
+            self._task.finished(counts.get("rows", 0))
         if time.monotonic() - self._sent >= INTERVAL:
             self.flush()
 

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import dask.config
@@ -21,6 +21,7 @@ from daskllm.runtime.call import Call
 from daskllm.runtime.call import Place as RowPlace
 
 if TYPE_CHECKING:
+    from daskllm.engine.layers import ResidentModel
     from daskllm.runtime.progress import Reporter
     from daskllm.session import Session
     from daskllm.types import Completion, Prompt
@@ -101,7 +102,7 @@ class _Rows:
     ) -> None:
         self._session, self._call, self._report = session, call, report
         self._encoded = session.encode(prompts, call.params)
-        self._kept = _kept_answers(call, session.spec)
+        self._kept = _kept_answers(call, session)
         self.answers: list[list[Completion]] = [[] for _ in prompts]
         self._keys: dict[int, bytes] = {}
         self._equal: dict[bytes, list[int]] = {}
@@ -182,10 +183,14 @@ def _draw(call: Call, place: RowPlace) -> tuple[int, ...]:
     return (0, call.params.seed) if call.params.seed is not None else (1, call.job_seed, *place)
 
 
-def _kept_answers(call: Call, spec: Any) -> Answers | None:
+def _kept_answers(call: Call, session: Session) -> Answers | None:
     """Where the answers of this call's model and sampling are; None where none are to be kept."""
+    spec = session.spec
     if call.answers is None or not spec.identity:
         return None
+    model: ResidentModel | None = getattr(session, "model", None)
+    if model is not None:  # what "auto" came to: another device or type computes other bits
+        spec = replace(spec, device=model.device, dtype=model.dtype)
     return _opened(call.answers, space_of(_facts(call.params, spec)))
 
 

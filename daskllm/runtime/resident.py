@@ -11,6 +11,8 @@ import threading
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Protocol
 
+from daskllm.types import ModelError
+
 if TYPE_CHECKING:
     from daskllm.checkpoint import Checkpoint
     from daskllm.engine.layers import ResidentModel
@@ -66,7 +68,12 @@ def open_files(spec: ModelSpec) -> Checkpoint:
 
     for files in _files[:1]:
         return files.open(spec)
-    return open_checkpoint(spec.path, spec.revision)
+    found = open_checkpoint(spec.path, spec.revision)
+    same = not spec.identity or spec.revision is not None or found.identity == spec.identity
+    if not same and (not spec.content or found.content() != spec.content):
+        found.close()
+        raise ModelError(f"{spec.path} is not what it was when the model was loaded: load it again")
+    return found
 
 
 def model_for(spec: ModelSpec) -> ResidentModel:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dask.utils import key_split
+
 from daskllm.runtime.call import Call, Place
 from daskllm.runtime.local import abandonment
 from daskllm.runtime.process import using
@@ -106,7 +108,7 @@ def watched(call: Call, rows: int) -> Iterator[Run]:
         return task.cancelled()
 
     if task is not None:
-        task.begin(rows)
+        task.begin(rows, call.params.n, key_split(task.key).partition("-")[0] == call.kind)
     try:
         with using(call.spec) as session:
             yield Run(session, report, cancelled)

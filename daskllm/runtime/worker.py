@@ -38,6 +38,8 @@ _LOOK_SECONDS = 0.1
 
 # Of each worker in this process the tasks in flight; whoever waits to be one of them is told of changes.
 _begun: defaultdict[str, list[WorkerTask]] = defaultdict(list)
+# And how many left its pool for another that has not begun yet: one may do so at a time.
+_vacated: defaultdict[str, int] = defaultdict(int)
 _turns = threading.Condition()
 
 
@@ -54,7 +56,9 @@ def current_task() -> WorkerTask | None:
     worker = current_worker()
     if worker is None:
         return None
-    return WorkerTask(worker, sys.modules["distributed.worker"].thread_state.key)
+    key = sys.modules["distributed.worker"].thread_state.key
+    # An actor's method runs in a thread of the actor's and is no task.
+    return WorkerTask(worker, key) if key in worker.state.tasks else None
 
 
 def announce_share() -> None:
@@ -91,7 +95,7 @@ class WorkerTask:
         worker: the worker that runs it.
         key: its Dask key.
         urgency: its priority as a user gives it; more is sooner.
-        rows: how many of its rows are unfinished.
+        rows: sequences of its rows that are unfinished.
     """
 
     def __init__(self, worker: Worker, key: Any) -> None:
@@ -99,7 +103,7 @@ class WorkerTask:
         self.key = key
         known = worker.state.tasks.get(key)
         self.urgency = 0 if known is None else _urgency(known)
-        self.rows = 0
+        self.rows = self._samples = 0
         self._left = False
 
     def cancelled(self) -> bool:
@@ -108,36 +112,52 @@ class WorkerTask:
         task = self.worker.state.tasks.get(self.key)
         return task is None or task.state not in ("executing", "long-running")
 
-    def begin(self, rows: int) -> None:
+    def begin(self, rows: int, samples: int, alone: bool) -> None:
         """Wait until the worker has room for one more in flight, more urgent ones not counted against it.
 
         There is none only after tasks left the pool at the same moment, or for an urgent one.
 
+        Args:
+            rows, samples: how many it brings, and of each.
+            alone: its rows are all that the task is for, so that it may be put back; one of a user's own has
+                done other work before it asked.
+
         Raises:
-            Reschedule: a more urgent task waits for the thread; nothing is lost, since nothing is begun.
+            Reschedule: a more urgent task waits for the thread, and nothing was begun.
             InterruptedError: the task was cancelled.
         """
-        self.rows = rows
+        self.rows, self._samples = rows * samples, samples
         with _turns:
             begun = _begun[self.worker.id]
             while not self._room():
                 if self.cancelled():
                     raise InterruptedError("the rows were cancelled")
-                if self._more_urgent_waits():
-                    from distributed import Reschedule
+                if _in_pool() and self._more_urgent_waits():
+                    from distributed import Reschedule, secede
 
-                    raise Reschedule
+                    if alone:
+                        raise Reschedule
+                    self._left = True
+                    secede()
                 _turns.wait(_LOOK_SECONDS)
             begun.append(self)
+            _vacated[self.worker.id] = max(0, _vacated[self.worker.id] - 1)
+
+    def finished(self, rows: int) -> None:
+        """Note that so many rows are answered."""
+        self.rows -= rows * self._samples
 
     def make_room(self) -> None:
         """Leave the thread pool where the worker should take another task, or a more urgent one waits."""
         if self._left or not _in_pool():
             return
         with _turns:
-            if not self._room() and not self._more_urgent_waits():
+            free = len(self.worker.state.executing) < self.worker.state.nthreads
+            free = free or _vacated[self.worker.id] > 0
+            if not self._more_urgent_waits() and (free or not self._room()):
                 return
             self._left = True
+            _vacated[self.worker.id] += 1
         from distributed import secede
 
         secede()
@@ -147,7 +167,7 @@ class WorkerTask:
         begun = [other for other in _begun[self.worker.id] if other.urgency >= self.urgency]
         if len(begun) < max(2, self.worker.state.nthreads):
             return True
-        return len(begun) < _MOST_TASKS and sum(other.rows for other in begun) < ROWS_IN_HAND
+        return len(begun) < _MOST_TASKS and sum(max(0, other.rows) for other in begun) < ROWS_IN_HAND
 
     def done(self) -> None:
         """Let another task of this worker begin, or leave the pool."""
