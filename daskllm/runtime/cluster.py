@@ -57,7 +57,7 @@ def client_for(given: Client | None) -> Client | None:
 
 
 def batches(costs: Costs, workers: int) -> list[list[int]]:
-    """Deal rows so that every worker has two full batches in flight and no long last one.
+    """Deal rows so that every worker has some batches to take one after the other and no long last one.
 
     Args:
         costs: what each row takes, float64 ``[rows]``.
@@ -67,7 +67,7 @@ def batches(costs: Costs, workers: int) -> list[list[int]]:
         The row numbers of each batch; batches cost about the same.
 
     >>> [len(batch) for batch in batches(np.ones(100), 2)]
-    [34, 33, 33]
+    [33, 34, 33]
     """
     rows = len(costs)
     full = max(rows // ENOUGH_ROWS, int(costs.sum() // ENOUGH_TOKENS), min(workers, rows))

@@ -42,7 +42,7 @@ __all__ = [
 SLICES = 8
 """Slices of a partition, at most, a power of two: each costs Dask about 1 ms, empty or not."""
 ENOUGH_ROWS = 32
-"""Two slices are in flight on a worker: of fewer rows they do not fill an engine's batch."""
+"""Of fewer rows, so many slices would be in flight on a worker that little is left to steal."""
 ENOUGH_TOKENS = 8192
 """Tokens worth a slice of their own, however few the rows: seconds on a CPU, tenths of one on a GPU."""
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from distributed import Worker
     from distributed.worker_state_machine import TaskState
 
-__all__ = ["WorkerTask", "announce_share", "current_task", "current_worker", "set_share"]
+__all__ = ["ROWS_IN_HAND", "WorkerTask", "announce_share", "current_task", "current_worker", "set_share"]
 
 ROWS_IN_HAND = 96
 """Unfinished rows of a worker's tasks below which it takes another: half as many again as its engine runs

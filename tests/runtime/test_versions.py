@@ -190,11 +190,11 @@ def test_what_the_files_say_is_the_present_versions(llm: LLM, paths: dict[str, P
     (tmp_path / "chat" / "generation_config.json").write_text('{"eos_token_id": 260}')
     talk = [{"role": "user", "content": "hi"}]
     handle, before = llm.spec, llm.tokenizer.encode_chat(talk)
-    assert llm._eos_token_ids == (tiny.EOS,)
+    assert llm.session().eos_token_ids == (tiny.EOS,)
     llm.update(tmp_path / "chat")
     assert llm.spec == handle
     assert llm.tokenizer.encode_chat(talk) != before
-    assert llm._eos_token_ids == (260,)
+    assert llm.session().eos_token_ids == (260,)
     assert llm.session().eos_token_ids == (260,)
 
 

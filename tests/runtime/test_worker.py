@@ -14,7 +14,7 @@ from distributed import Client, LocalCluster
 from daskllm import machine
 from daskllm.llm import load
 from daskllm.runtime.process import open_session_on, session_for
-from daskllm.runtime.worker import current_task, current_worker
+from daskllm.runtime.worker import ROWS_IN_HAND, current_task, current_worker
 from tests.fake_session import FakeLLM
 from tests.tiny import make_model
 
@@ -31,12 +31,12 @@ def wait_until(client: Client, what: Any) -> None:
         time.sleep(0.01)
 
 
-def frame(npartitions: int) -> Any:
-    return dd.from_map(_part, range(npartitions))
+def frame(npartitions: int, rows: int = 1) -> Any:
+    return dd.from_map(_part, range(npartitions), rows=rows)
 
 
-def _part(number: int) -> pd.DataFrame:
-    return pd.DataFrame({"text": [f"part {number}"]})
+def _part(number: int, rows: int) -> pd.DataFrame:
+    return pd.DataFrame({"text": [f"part {number}", *(f"part {number} row {i}" for i in range(1, rows))]})
 
 
 def test_outside_a_worker_there_is_no_task() -> None:
@@ -44,11 +44,9 @@ def test_outside_a_worker_there_is_no_task() -> None:
     assert current_task() is None
 
 
-def test_a_one_thread_worker_has_two_partitions_in_flight_and_no_more(
-    gated: FakeLLM, one_thread: Client
-) -> None:
-    scheduler = one_thread.cluster.scheduler
-    future = one_thread.compute(frame(6).llm.generate(gated, "text"))
+def test_a_one_thread_worker_has_so_many_rows_in_hand_and_no_more(gated: FakeLLM, one_thread: Client) -> None:
+    scheduler, half = one_thread.cluster.scheduler, ROWS_IN_HAND // 2
+    future = one_thread.compute(frame(6, half).llm.generate(gated, "text"))
     session = gated.session()
     wait_until(one_thread, lambda: session.running == 2)
     # What is not in flight is not even on the worker, or is there to be stolen.
@@ -56,13 +54,22 @@ def test_a_one_thread_worker_has_two_partitions_in_flight_and_no_more(
     wait_until(one_thread, lambda: len(worker.long_running) == 1)
     assert sum(task.state == "queued" for task in scheduler.tasks.values()) >= 3
     Path(str(gated.spec.gate)).touch()
-    assert len(future.result()) == 6
+    assert len(future.result()) == 6 * half
     assert session.most_running == 2
-    assert gated.rows == 6
+    assert gated.rows == 6 * half
+
+
+def test_partitions_of_few_rows_are_in_flight_together(gated: FakeLLM, one_thread: Client) -> None:
+    future = one_thread.compute(frame(6).llm.generate(gated, "text"))
+    session = gated.session()
+    wait_until(one_thread, lambda: session.running == 6)
+    Path(str(gated.spec.gate)).touch()
+    assert len(future.result()) == 6
 
 
 def test_the_next_task_leaves_the_pool_when_the_first_is_done(gated: FakeLLM, one_thread: Client) -> None:
-    frames = [frame(1).llm.generate(gated, "text", max_tokens=n) for n in (1, 2, 3)]
+    half = ROWS_IN_HAND // 2
+    frames = [frame(1, half).llm.generate(gated, "text", max_tokens=n) for n in (1, 2, 3)]
     first, second, third = one_thread.compute(frames)
     session = gated.session()
     wait_until(one_thread, lambda: session.running == 2)
@@ -72,7 +79,7 @@ def test_the_next_task_leaves_the_pool_when_the_first_is_done(gated: FakeLLM, on
     waiting = {merge.key for task in worker.long_running for merge in task.dependents}
     (left,) = [future for future in (first, second, third) if future.key in waiting]
     left.cancel()
-    wait_until(one_thread, lambda: gated.rows == 3 and session.running == 2)
+    wait_until(one_thread, lambda: gated.rows == 3 * half and session.running == 2)
     Path(str(gated.spec.gate)).touch()
     assert session.most_running == 2
 
