@@ -25,7 +25,7 @@ from tests import tiny
 pytestmark = pytest.mark.cluster
 
 SAMPLING: dict[str, Any] = {"max_tokens": 96, "ignore_eos": True, "temperature": 1.0, "seed": 5}
-TABLE = pd.DataFrame({"text": [f"row {i} " * (1 + i * 7 % 11) for i in range(96)]})
+TABLE = pd.DataFrame({"text": [f"row {i} " * (1 + i * 7 % 11) for i in range(480)]})
 
 
 @pytest.fixture(scope="module")
@@ -104,12 +104,12 @@ def test_a_worker_killed_while_it_decodes_costs_no_row(
         llm = daskllm.load(path, client=client, answers=str(tmp_path))
         reports: list[Increment] = []
         with follow(client, reports.append):
+            pids = client.run(os.getpid)
             job = begun(client, llm)
             eventually(lambda: any(one.rows for one in reports))
-            victim = next(one.worker for one in reports if one.rows)
-            pid = process_of(client, victim)
-            eventually(lambda: client.run(under_way, llm.spec, workers=[victim])[victim] > 0)
-            os.kill(pid, signal.SIGKILL)
+            used: dict[str, int] = {}
+            eventually(lambda: used.update(client.run(under_way, llm.spec)) or any(used.values()))
+            os.kill(pids[max(used, key=lambda worker: used[worker])], signal.SIGKILL)
             assert not job.done()
             pd.testing.assert_frame_equal(job.result(timeout=90), undisturbed)
         again = sum(one.rows - one.remembered for one in reports) - len(TABLE)
