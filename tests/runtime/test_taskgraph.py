@@ -16,9 +16,7 @@ def test_every_layer_task_is_drawn_with_what_it_waits_for(tmp_path: Path) -> Non
     names = layer_names(llm.config)
     drawing = draw_tasks(llm.delayed([1, 5, 9]), tmp_path / "tasks.svg")
     assert [box.id for box in drawing.picture.boxes] == list(names)
-    assert json.loads(drawing.json) == {
-        name: before for name, before in zip(names, ("", *names), strict=False)
-    }
+    assert json.loads(drawing.json) == dict(zip(names, ("", *names), strict=False))
     assert all(name in (tmp_path / "tasks.svg").read_text() for name in names)
     steps = json.loads(draw_tasks(llm.delayed([1], max_tokens=2)).json)
     first = f"{names[1]}.token"
