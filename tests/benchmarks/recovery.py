@@ -1,6 +1,6 @@
 """A job whose workers are killed all the time, beside the same job undisturbed, as one JSON object.
 
-    python tests/benchmarks/recovery.py [--rows 512] [--every 4] [--workers 3]
+    python tests/benchmarks/recovery.py [--model DIR] [--rows 6000] [--every 4] [--workers 3]
 
 Worker processes of one thread each answer a table; every few seconds one of them is killed (SIGKILL), and
 its nanny starts another. The job must end, and its table must be the undisturbed one's. Printed is what the
@@ -21,13 +21,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import dask
 import dask.dataframe as dd
 import pandas as pd
 from distributed import Client, LocalCluster
-from inputs import INPUTS, cpu, make_model
+from inputs import cpu
 
 import daskllm
+from daskllm import demo
 from daskllm.runtime.progress import Increment, follow
 
 SAMPLING = {"max_tokens": 48, "ignore_eos": True}
@@ -53,7 +53,7 @@ class Killer(threading.Thread):
 def run(model: Path, table: pd.DataFrame, workers: int, answers: str, every: float | None) -> dict[str, Any]:
     """One job; what it took, and its answers."""
     counted: list[Increment] = []
-    frame = dd.from_pandas(table, npartitions=8)
+    frame = dd.from_pandas(table, npartitions=-(-len(table) // 256))
     with (
         LocalCluster(
             n_workers=workers, threads_per_worker=1, memory_limit=0, dashboard_address="127.0.0.1:0"
@@ -82,14 +82,13 @@ def run(model: Path, table: pd.DataFrame, workers: int, answers: str, every: flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", type=Path, help="a directory (a 135M Llama of random weights)")
-    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--model", type=Path, help="a directory (the bundled model)")
+    parser.add_argument("--rows", type=int, default=6000)
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--every", type=float, default=4.0, help="seconds between two kills")
     args = parser.parse_args()
-    model = args.model or make_model(INPUTS / "llama-135M")
+    model = args.model or demo.model_path()
     table = pd.DataFrame({"text": [f"row {i}: " + "word " * (i * 7 % 40) for i in range(args.rows)]})
-    dask.config.set({"distributed.worker.daemon": True})
     with tempfile.TemporaryDirectory() as answers:
         calm = run(model, table, args.workers, f"{answers}/calm", None)
         print(f"undisturbed: {calm['seconds']} s", file=sys.stderr)
