@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,13 @@ class Killer(threading.Thread):
     def run(self) -> None:
         draw = random.Random(0)
         while not self.over.wait(self.every):
-            pids = [nanny.pid for nanny in self.cluster.workers.values() if nanny.pid is not None]
+            # A nanny does not try again where its worker dies before it has come up.
+            there = self.cluster.scheduler.workers
+            pids = [nanny.pid for nanny in self.cluster.workers.values() if nanny.worker_address in there]
             if pids:
-                os.kill(draw.choice(pids), signal.SIGKILL)
-                self.kills += 1
+                with suppress(ProcessLookupError):
+                    os.kill(draw.choice(pids), signal.SIGKILL)
+                    self.kills += 1
 
 
 def run(model: Path, table: pd.DataFrame, workers: int, answers: str, every: float | None) -> dict[str, Any]:
