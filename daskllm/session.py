@@ -99,7 +99,8 @@ class Session:
         try:
             # Room that is asked for is checked before anything is loaded; else it is what the weights leave.
             asked = None if spec.kv_memory is None else kv_room(model, layers, spec.kv_memory)
-            model.load(layers)
+            for name in layers:
+                model.layer(name)
             blocks = asked or kv_room(model, layers, None)
             return cls.over(spec, model, open_runner(model, layers, blocks), blocks)
         except BaseException:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,18 +143,6 @@ class ResidentModel:
                     STORE.drop(self._model)
                     raise
             return self._layers[name]
-
-    def load(self, names: Sequence[str]) -> None:
-        """Have these layers ready to run.
-
-        It is done in a thread of its own, whose OpenMP threads end with it: as long as a process has more of
-        them than cores, they sleep between two operations of a step instead of waiting awake, 5 to 10% of a
-        small model's throughput.
-
-        Raises: as `layer`.
-        """
-        with ThreadPoolExecutor(1, thread_name_prefix="daskllm-load") as loader:
-            list(loader.map(self.layer, names))
 
     @property
     def held(self) -> tuple[str, ...]:

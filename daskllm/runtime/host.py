@@ -281,7 +281,8 @@ class StageHost:
     async def _load(self, part: _Part) -> tuple[int, str]:
         def load() -> tuple[int, str]:
             model = part.model = model_for(part.spec)
-            model.load(part.layers)
+            for name in part.layers:
+                model.layer(name)
             return kv_room(model, part.layers, part.spec.kv_memory, len(part.spec.stages)), model.dtype
 
         return await asyncio.to_thread(load)
