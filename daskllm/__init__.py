@@ -20,6 +20,7 @@ from daskllm.types import Completion, DaskLLMError, ModelError, RowError, Sampli
 
 if TYPE_CHECKING:
     from daskllm.llm import LLM, load
+    from daskllm.runtime.deploy import local_cluster
     from daskllm.texts import generate_text, parallel_generate_text
 
 # libgomp reads it when torch is first imported. Its threads stay awake for some 3 ms after each operation,
@@ -39,6 +40,7 @@ __all__ = [
     "__version__",
     "generate_text",
     "load",
+    "local_cluster",
     "parallel_generate_text",
 ]
 
@@ -46,6 +48,7 @@ _LATE = {
     "LLM": "daskllm.llm",
     "generate_text": "daskllm.texts",
     "load": "daskllm.llm",
+    "local_cluster": "daskllm.runtime.deploy",
     "parallel_generate_text": "daskllm.texts",
 }
 

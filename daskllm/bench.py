@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import psutil
-from distributed import Client, LocalCluster
+from distributed import Client
 
 from daskllm import __version__
 from daskllm.llm import load
@@ -29,6 +29,7 @@ from daskllm.machine import cores
 from daskllm.models import DecoderConfig
 from daskllm.runtime.call import Call
 from daskllm.runtime.cluster import batches
+from daskllm.runtime.deploy import local_cluster
 from daskllm.runtime.process import session_for
 from daskllm.runtime.stages import at_engine
 from daskllm.runtime.tasks import watched
@@ -156,12 +157,7 @@ def _in_process(model: str, work: Sequence[WorkRow], options: dict[str, Any]) ->
 def _on_cluster(
     model: str, work: Sequence[WorkRow], options: dict[str, Any], workers: int, threads: int
 ) -> dict[str, Any]:
-    with (
-        LocalCluster(
-            n_workers=workers, threads_per_worker=threads, memory_limit=0, dashboard_address="127.0.0.1:0"
-        ) as cluster,
-        Client(cluster) as client,
-    ):
+    with local_cluster(workers, threads) as cluster, Client(cluster) as client:
         base = sum(client.run(_resident).values())
         begun = time.perf_counter()
         llm = load(model, client=client, **options)

@@ -8,6 +8,7 @@ from typing import Any
 import click
 import dask.dataframe as dd
 import pandas as pd
+from distributed import Client
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -26,7 +27,6 @@ from daskllm.cli.options import (
 from daskllm.cli.running import (
     THREADS_PER_WORKER,
     close,
-    local_cluster,
     new_directory,
     part_name,
     running_on,
@@ -35,6 +35,7 @@ from daskllm.cli.running import (
 )
 from daskllm.llm import load
 from daskllm.machine import cores
+from daskllm.runtime.deploy import local_cluster
 from daskllm.tables import read_tables
 
 __all__ = ["demo", "generate"]
@@ -111,7 +112,7 @@ def demo(output: str, as_json: bool) -> None:
         table = bundled.table()
         workers = min(2, cores())
         target = own_directory(Path(output), 4 * workers)
-        with local_cluster(workers, THREADS_PER_WORKER) as client:
+        with local_cluster(workers, THREADS_PER_WORKER) as cluster, Client(cluster) as client:
             console.print(f"{workers} workers; Dask dashboard: {client.dashboard_link}", highlight=False)
             llm = load(str(bundled.model_path()), client=client, answers=None)
             frame = dd.from_pandas(table, npartitions=4 * workers)

@@ -14,18 +14,18 @@ import click
 import dask.dataframe as dd
 import pandas as pd
 import pyarrow as pa
-from distributed import Client, LocalCluster
+from distributed import Client
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
+from daskllm.runtime.deploy import local_cluster
 from daskllm.runtime.progress import Increment, follow
 
 __all__ = [
     "THREADS_PER_WORKER",
     "close",
-    "local_cluster",
     "new_directory",
     "part_name",
     "running_on",
@@ -38,21 +38,6 @@ THREADS_PER_WORKER = 2
 
 
 @contextmanager
-def local_cluster(workers: int, threads: int) -> Iterator[Client]:
-    """Worker processes on this machine, their dashboard on the loopback address only."""
-    with (
-        LocalCluster(
-            n_workers=workers,
-            threads_per_worker=threads,
-            memory_limit=0,  # weights and KV cache are sized by daskllm itself
-            dashboard_address="127.0.0.1:0",
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
-
-
-@contextmanager
 def running_on(scheduler: str | None, workers: int | None, threads: int | None) -> Iterator[Client | None]:
     """A client of the scheduler named, of a local cluster, or None for threads in this process."""
     if scheduler is not None:
@@ -61,7 +46,7 @@ def running_on(scheduler: str | None, workers: int | None, threads: int | None) 
         with Client(scheduler, timeout="10s") as client:
             yield client
     elif workers is not None:
-        with local_cluster(workers, threads or THREADS_PER_WORKER) as client:
+        with local_cluster(workers, threads or THREADS_PER_WORKER) as cluster, Client(cluster) as client:
             yield client
     elif threads is not None:
         raise ValueError("--threads counts the tasks in flight per worker: give --workers as well")

@@ -59,9 +59,7 @@ def run(model: Path, table: pd.DataFrame, workers: int, answers: str, every: flo
     counted: list[Increment] = []
     frame = dd.from_pandas(table, npartitions=-(-len(table) // 256))
     with (
-        LocalCluster(
-            n_workers=workers, threads_per_worker=1, memory_limit=0, dashboard_address="127.0.0.1:0"
-        ) as cluster,
+        daskllm.local_cluster(workers, threads=1) as cluster,
         Client(cluster) as client,
         follow(client, counted.append),
     ):

@@ -1,0 +1,47 @@
+"""Worker processes on this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import dask.config
+import pytest
+from distributed import Client
+
+import daskllm
+
+
+@pytest.mark.parametrize(("workers", "threads"), [(0, 1), (1, 0)])
+def test_there_is_something_to_work(workers: int, threads: int) -> None:
+    with pytest.raises(ValueError, match="must be at least 1"):
+        daskllm.local_cluster(workers, threads)
+
+
+@pytest.mark.cluster
+def test_a_cluster_is_local_and_keeps_a_worker_that_dies_again_and_again(tmp_path: Path) -> None:
+    with (
+        daskllm.local_cluster(1, threads=1, local_directory=str(tmp_path)) as cluster,
+        Client(cluster) as client,
+    ):
+        assert cluster.dashboard_link.startswith("http://127.0.0.1:")
+        assert next(iter(cluster.scheduler.workers.values())).memory_limit == 0
+        wait = dask.config.get("distributed.deploy.lost-worker-timeout")
+        assert wait == "365 days"
+        [nanny] = cluster.workers.values()
+        first = nanny.pid
+        os.kill(first, signal.SIGKILL)
+        assert client.submit(os.getpid).result(timeout=30) != first
+
+
+@pytest.mark.cluster
+def test_secure_is_tls(tmp_path: Path) -> None:
+    pytest.importorskip("cryptography")
+    with (
+        daskllm.local_cluster(1, threads=1, secure=True, local_directory=str(tmp_path)) as cluster,
+        Client(cluster.scheduler_address, security=cluster.security) as client,
+    ):
+        assert cluster.scheduler_address.startswith("tls://")
+        assert all(address.startswith("tls://") for address in client.nthreads())
+        assert client.submit(sum, [1, 2]).result() == 3
