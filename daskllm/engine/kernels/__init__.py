@@ -73,7 +73,7 @@ class Kernels(Protocol):
 
 def select(device: str, dtype: torch.dtype) -> Kernels:
     """The kernels for a device ("cpu", "cuda") and a compute dtype."""
-    if device == "cpu" and dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available():
+    if device == "cpu" and dtype in (torch.float32, torch.bfloat16):
         from daskllm.engine.kernels import cpu  # Numba is not loaded where it is not used
 
         return cpu

@@ -1,10 +1,9 @@
-"""The fused operations on a CPU: oneDNN for the products, Numba SIMD kernels for everything between them.
+"""The fused operations on a CPU: Numba SIMD kernels on torch's threads.
 
 Every operation treats a row by itself and in one order of operations, so that a row's bits do not depend
 on its company, on how its prompt was cut into chunks, or on the number of threads:
 
-- a packed oneDNN product gives a row the same bits at every batch size in bfloat16 and at every batch size
-  above one in float32 (hence the doubled row in `linear`);
+- a product adds a row's inputs one after another, whatever tile the row is in;
 - attention walks a sequence's blocks from its first key to its last and treats keys beyond a row's own as
   exact zeros, so that a prefill tile and a decode step add the same numbers in the same order.
 
@@ -12,7 +11,9 @@ See `daskllm.engine.kernels.reference` for what each operation computes.
 """
 
 from daskllm.engine.kernels.cpu.attention import attention, rope_store
-from daskllm.engine.kernels.cpu.linear import PACKS, Packed, linear, pack
+from daskllm.engine.kernels.cpu.gemm import Packed, linear, pack
 from daskllm.engine.kernels.cpu.rows import activate, add_norm
+
+PACKS = True
 
 __all__ = ["PACKS", "Packed", "activate", "add_norm", "attention", "linear", "pack", "rope_store"]

@@ -12,15 +12,10 @@ from daskllm.engine.batch import BLOCK_SIZE, Batch
 from daskllm.engine.kernels.cpu.rows import sum_of_squares
 from daskllm.engine.kernels.cpu.simd import (
     LANES,
-    SIGNATURE,
-    address,
     array,
     as_float,
-    float_bits,
     load,
-    run,
     store,
-    take,
     vadd,
     vblend,
     vexp,
@@ -34,6 +29,7 @@ from daskllm.engine.kernels.cpu.simd import (
     vstore,
     vsub,
 )
+from daskllm.engine.kernels.cpu.team import SIGNATURE, address, float_bits, run, take
 
 __all__ = ["attention", "rope_store"]
 
@@ -79,7 +75,7 @@ def _rope_loop(pointer, dtype):  # type: ignore[no-untyped-def]
     eps = as_float(a[12])
     scratch = np.empty(size, np.float32)
     while True:
-        item = take(a)
+        item = take(a, 0)
         if item >= rows:
             break
         angle = positions[item] * half
@@ -271,7 +267,7 @@ def _attention_loop(pointer, dtype):  # type: ignore[no-untyped-def]
     tables = array(a[6], sequences * width, np.int64)
     tiles = array(a[7], items // kv_heads * 4, np.int64)
     while True:
-        item = take(a)
+        item = take(a, 0)
         if item >= items:
             break
         _attend(

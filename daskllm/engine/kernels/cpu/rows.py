@@ -10,15 +10,10 @@ import torch
 
 from daskllm.engine.kernels.cpu.simd import (
     LANES,
-    SIGNATURE,
-    address,
     array,
     as_float,
-    float_bits,
     load,
-    run,
     store,
-    take,
     vadd,
     vdiv,
     vexp,
@@ -31,6 +26,7 @@ from daskllm.engine.kernels.cpu.simd import (
     vstore,
     vsub,
 )
+from daskllm.engine.kernels.cpu.team import SIGNATURE, address, float_bits, run, take
 
 __all__ = ["activate", "add_norm", "sum_of_squares"]
 
@@ -93,7 +89,7 @@ def _norm_loop(pointer, dtype):  # type: ignore[no-untyped-def]
     weight = array(a[5], size, dtype)
     bias = array(a[6], size if a[6] else 0, dtype)
     while True:
-        item = take(a)
+        item = take(a, 0)
         if item >= rows:
             break
         _norm_row(item, delta, residual, out, weight, bias, size, as_float(a[8]), a[9] != 0)
@@ -201,7 +197,7 @@ def _activate_loop(pointer, dtype):  # type: ignore[no-untyped-def]
     source, out = array(a[2], rows * width, dtype), array(a[3], rows * size, dtype)
     scratch = np.zeros(LANES, np.float32)
     while True:
-        item = take(a)
+        item = take(a, 0)
         if item >= rows:
             break
         _activate_row(source, item * width, gated != 0, out, item * size, size, a[5], scratch)

@@ -1,26 +1,18 @@
-"""Sixteen float32 lanes as a Numba value, and a parallel loop on torch's own thread pool.
+"""Sixteen float32 lanes as a Numba value.
 
 The CPU kernels need register accumulators and a fixed order of operations, which a loop left to the
 auto-vectoriser does not promise. `f32x16` is an LLVM ``<16 x float>``: one register with AVX-512, two or
 four where registers are narrower, the same bits in every case, since each operation here is defined lane
 by lane and multiply-add is always fused.
-
-Kernels are compiled to plain C functions of one pointer (``numba.cfunc``) and are run by `run` on the
-OpenMP threads that torch already keeps: a second pool beside torch's would have its threads spin against
-them. Items are handed out by an atomic counter (`take`), so that long rows do not hold up short ones; an
-item never depends on which thread runs it.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
-import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -28,15 +20,13 @@ from numba.extending import intrinsic, models, register_model
 
 __all__ = [
     "LANES",
-    "SIGNATURE",
-    "address",
+    "VECTOR",
     "array",
     "as_float",
-    "float_bits",
+    "element_pointer",
     "load",
-    "run",
+    "round_to_bfloat16",
     "store",
-    "take",
     "vadd",
     "vblend",
     "vdiv",
@@ -55,7 +45,7 @@ __all__ = [
 LANES = 16
 _F32 = ir.FloatType()
 _I32 = ir.IntType(32)
-_VF = ir.VectorType(_F32, LANES)
+VECTOR = ir.VectorType(_F32, LANES)
 _VI = ir.VectorType(_I32, LANES)
 _VH = ir.VectorType(ir.IntType(16), LANES)
 
@@ -73,7 +63,7 @@ f32x16 = Float32x16()
 @register_model(Float32x16)
 class _Float32x16Model(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: Any) -> None:
-        super().__init__(dmm, fe_type, _VF)
+        super().__init__(dmm, fe_type, VECTOR)
 
 
 def _const(kind: ir.VectorType, value: float | int) -> ir.Constant:
@@ -87,14 +77,14 @@ def _call(builder: Any, name: str, result: Any, *args: Any) -> Any:
     return builder.call(function, args)
 
 
-def _element_pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+def element_pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
     data = context.make_array(array_type)(context, builder, array).data
     return builder.gep(data, [index])
 
 
 def _splat(builder: Any, scalar: Any) -> Any:
-    vector = builder.insert_element(ir.Constant(_VF, ir.Undefined), scalar, _I32(0))
-    return builder.shuffle_vector(vector, ir.Constant(_VF, ir.Undefined), _const(_VI, 0))
+    vector = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), scalar, _I32(0))
+    return builder.shuffle_vector(vector, ir.Constant(VECTOR, ir.Undefined), _const(_VI, 0))
 
 
 @intrinsic
@@ -107,9 +97,9 @@ def vsplat(typingctx, x):  # type: ignore[no-untyped-def]
     return f32x16(types.float32), codegen
 
 
-def _round_to_bfloat16(builder: Any, value: Any) -> Any:
+def round_to_bfloat16(builder: Any, value: Any) -> Any:
     """The upper half of a float32 scalar or vector, rounded to nearest even; a NaN stays one."""
-    wide, narrow = (_VI, _VH) if value.type == _VF else (_I32, ir.IntType(16))
+    wide, narrow = (_VI, _VH) if value.type == VECTOR else (_I32, ir.IntType(16))
 
     def const(number: int) -> ir.Constant:
         return _const(wide, number) if wide == _VI else wide(number)
@@ -126,7 +116,7 @@ def load(typingctx, array, index):  # type: ignore[no-untyped-def]
     """``array[index]`` as float32; uint16 elements are bfloat16 bits."""
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        value = builder.load(_element_pointer(context, builder, sig.args[0], args[0], args[1]))
+        value = builder.load(element_pointer(context, builder, sig.args[0], args[0], args[1]))
         if sig.args[0].dtype == types.float32:
             return value
         return builder.bitcast(builder.shl(builder.zext(value, _I32), _I32(16)), _F32)
@@ -139,11 +129,11 @@ def store(typingctx, array, index, value):  # type: ignore[no-untyped-def]
     """``array[index] = value``; into uint16, rounded to bfloat16 (nearest even)."""
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        pointer = _element_pointer(context, builder, sig.args[0], args[0], args[1])
+        pointer = element_pointer(context, builder, sig.args[0], args[0], args[1])
         if sig.args[0].dtype == types.float32:
             builder.store(args[2], pointer)
         else:
-            builder.store(_round_to_bfloat16(builder, args[2]), pointer)
+            builder.store(round_to_bfloat16(builder, args[2]), pointer)
         return context.get_dummy_value()
 
     return types.void(array, types.intp, types.float32), codegen
@@ -154,11 +144,11 @@ def vload(typingctx, array, index):  # type: ignore[no-untyped-def]
     """Lanes ``array[index : index + 16]`` of a flat contiguous array; uint16 elements are bfloat16 bits."""
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        pointer = _element_pointer(context, builder, sig.args[0], args[0], args[1])
+        pointer = element_pointer(context, builder, sig.args[0], args[0], args[1])
         if sig.args[0].dtype == types.float32:
-            return builder.load(builder.bitcast(pointer, _VF.as_pointer()), align=4)
+            return builder.load(builder.bitcast(pointer, VECTOR.as_pointer()), align=4)
         bits = builder.load(builder.bitcast(pointer, _VH.as_pointer()), align=2)
-        return builder.bitcast(builder.shl(builder.zext(bits, _VI), _const(_VI, 16)), _VF)
+        return builder.bitcast(builder.shl(builder.zext(bits, _VI), _const(_VI, 16)), VECTOR)
 
     return f32x16(array, types.intp), codegen
 
@@ -168,11 +158,11 @@ def vstore(typingctx, array, index, value):  # type: ignore[no-untyped-def]
     """``array[index : index + 16] = value``; into uint16, rounded to bfloat16 (nearest even)."""
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        pointer = _element_pointer(context, builder, sig.args[0], args[0], args[1])
+        pointer = element_pointer(context, builder, sig.args[0], args[0], args[1])
         if sig.args[0].dtype == types.float32:
-            builder.store(args[2], builder.bitcast(pointer, _VF.as_pointer()), align=4)
+            builder.store(args[2], builder.bitcast(pointer, VECTOR.as_pointer()), align=4)
         else:
-            half = _round_to_bfloat16(builder, args[2])
+            half = round_to_bfloat16(builder, args[2])
             builder.store(half, builder.bitcast(pointer, _VH.as_pointer()), align=2)
         return context.get_dummy_value()
 
@@ -212,7 +202,7 @@ def vfma(typingctx, a, b, c):  # type: ignore[no-untyped-def]
     """a * b + c, rounded once."""
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        return _call(builder, "llvm.fma.v16f32", _VF, *args)
+        return _call(builder, "llvm.fma.v16f32", VECTOR, *args)
 
     return f32x16(f32x16, f32x16, f32x16), codegen
 
@@ -289,15 +279,15 @@ def vexp(typingctx, a):  # type: ignore[no-untyped-def]
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
         def const(value: float) -> ir.Constant:
-            return _const(_VF, value)
+            return _const(VECTOR, value)
 
         def fma(x: Any, y: Any, z: Any) -> Any:
-            return _call(builder, "llvm.fma.v16f32", _VF, x, y, z)
+            return _call(builder, "llvm.fma.v16f32", VECTOR, x, y, z)
 
         x = args[0]
         x = builder.select(builder.fcmp_ordered(">", x, const(-87.0)), x, const(-87.0))
         x = builder.select(builder.fcmp_ordered("<", x, const(88.0)), x, const(88.0))
-        n = _call(builder, "llvm.floor.v16f32", _VF, fma(x, const(1.44269504088896341), const(0.5)))
+        n = _call(builder, "llvm.floor.v16f32", VECTOR, fma(x, const(1.44269504088896341), const(0.5)))
         r = fma(n, const(-_LN2_HIGH), x)
         r = fma(n, const(-_LN2_LOW), r)
         p = const(_EXP_COEFFICIENTS[0])
@@ -305,7 +295,7 @@ def vexp(typingctx, a):  # type: ignore[no-untyped-def]
             p = fma(p, r, const(coefficient))
         y = fma(p, builder.fmul(r, r), builder.fadd(r, const(1.0)))
         power = builder.shl(builder.add(builder.fptosi(n, _VI), _const(_VI, 127)), _const(_VI, 23))
-        return builder.fmul(y, builder.bitcast(power, _VF))
+        return builder.fmul(y, builder.bitcast(power, VECTOR))
 
     return f32x16(f32x16), codegen
 
@@ -318,34 +308,9 @@ def _pointer(typingctx, address):  # type: ignore[no-untyped-def]
     return types.voidptr(types.int64), codegen
 
 
-@intrinsic
-def take(typingctx, arguments):  # type: ignore[no-untyped-def]
-    """The next item: the counter in arguments[0], raised by one."""
-
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        pointer = _element_pointer(context, builder, sig.args[0], args[0], ir.IntType(64)(0))
-        return builder.atomic_rmw("add", pointer, ir.IntType(64)(1), "monotonic")
-
-    return types.int64(arguments), codegen
-
-
-SIGNATURE = types.void(types.CPointer(types.int64))
-"""Of every compiled kernel: its arguments are int64, the item counter and the number of items first."""
-
-
-def address(tensor: torch.Tensor | None) -> int:
-    """Where a tensor's elements are; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def float_bits(value: float) -> int:
-    """A float32 as the int64 that carries it among a kernel's arguments."""
-    return int(np.float32(value).view(np.int32))
-
-
 @numba.njit
 def as_float(bits):  # type: ignore[no-untyped-def]
-    """The float32 that `float_bits` packed."""
+    """The float32 whose bits an int64 carries among a kernel's arguments."""
     return np.int32(bits).view(np.float32)
 
 
@@ -353,32 +318,3 @@ def as_float(bits):  # type: ignore[no-untyped-def]
 def array(address, size, dtype):  # type: ignore[no-untyped-def]
     """A flat array of ``size`` elements over memory that the caller keeps alive."""
     return numba.carray(_pointer(address), size, dtype)
-
-
-def _thread_pool() -> Any:
-    """``GOMP_parallel`` of the OpenMP runtime that torch has loaded, or None where it has another."""
-    beside_torch = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))
-    for name in (*map(str, beside_torch), "libgomp.so.1"):
-        try:
-            function = ctypes.CDLL(name).GOMP_parallel
-        except (OSError, AttributeError):
-            continue
-        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        function.restype = None
-        return function
-    return None
-
-
-_GOMP_PARALLEL = _thread_pool()
-
-
-def run(compiled: Any, items: int, *arguments: int) -> None:
-    """Run a compiled kernel over ``items`` items on torch's threads (on this one where there is no pool)."""
-    if items == 0:
-        return
-    packed = np.array((0, items, *arguments), dtype=np.int64)
-    threads = min(torch.get_num_threads(), items)
-    if _GOMP_PARALLEL is None or threads == 1:
-        compiled.ctypes(packed.ctypes.data_as(ctypes.POINTER(ctypes.c_int64)))
-    else:
-        _GOMP_PARALLEL(compiled.address, packed.ctypes.data, threads, 0)
