@@ -14,6 +14,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,15 +22,20 @@ from typing import Any
 
 import numpy as np
 import psutil
+import torch
 from distributed import Client
 
 from daskllm import __version__
+from daskllm.blocks.array import DTYPES
+from daskllm.engine.kernels import select
+from daskllm.engine.profile import Profile, Rates
 from daskllm.llm import load
 from daskllm.machine import cores
 from daskllm.models import DecoderConfig
 from daskllm.runtime.call import Call
 from daskllm.runtime.cluster import batches
 from daskllm.runtime.deploy import local_cluster
+from daskllm.runtime.devices import quickest
 from daskllm.runtime.process import session_for
 from daskllm.runtime.stages import at_engine
 from daskllm.runtime.tasks import watched
@@ -40,6 +46,11 @@ __all__ = ["WorkRow", "measure", "read_work"]
 
 WARM_UP_ROWS = 4
 MEGABYTE = 1_000_000
+_MEASURING_SECONDS = 0.3
+_READ = 256 << 20
+"""Bytes to read for the memory's bandwidth: many times what caches hold."""
+_ROWS, _WIDTH = 256, 1024
+"""Rows and width of a product that is bound by arithmetic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +103,7 @@ def measure(
     dtype: str = "auto",
     device: str = "auto",
     kv_memory: int | str = "auto",
+    profile: bool = False,
 ) -> dict[str, Any]:
     """Load a model, warm up on four rows, answer all rows; what it took.
 
@@ -99,14 +111,17 @@ def measure(
         workers: processes of a local Dask cluster; None answers in this process, without Dask.
         threads: Dask threads per worker, each of which has one task in flight (2).
         stages: into how many workers' parts the model is cut; None: each worker holds the whole.
+        profile: say where the time went, see `daskllm.engine.profile`; the run is slower by some percent.
 
     Returns:
         ``load_s`` from the call of ``load`` until ready to generate; ``seconds`` for all rows after the
         warm-up; ``out_tokens``, ``out_tokens_per_s``, ``prompt_tokens``, ``rows``; ``base_rss_mb`` resident
         before ``load`` and ``peak_rss_mb`` the most ever resident, both in 10**6 bytes and summed over the
-        processes that hold the model; ``preemptions``; and the machine and versions it ran on.
+        processes that hold the model; ``preemptions``; the machine and versions it ran on; and ``profile``
+        where it was asked for.
 
     Raises:
+        ValueError: options that exclude each other.
         ValueError: a row asks for what the model cannot do: a token outside its vocabulary, or more tokens
             than its context holds.
         RuntimeError: a row did not yield exactly the tokens it asks for, so that the time means nothing.
@@ -115,8 +130,10 @@ def measure(
     for name, given in (("threads", threads), ("stages", stages)):
         if workers is None and given is not None:
             raise ValueError(f"{name}= is about the workers of a cluster: give workers= as well")
+    if profile and workers is not None:
+        raise ValueError("profile= is about the engine in this process: leave workers= out")
     if workers is None:
-        measured = _in_process(model, work, options)
+        measured = _in_process(model, work, options, profile)
     else:
         if stages is not None:
             if stages > workers:
@@ -130,7 +147,9 @@ def measure(
     return {**measured, "rows": len(work), "prompt_tokens": prompt_tokens, **_where()}
 
 
-def _in_process(model: str, work: Sequence[WorkRow], options: dict[str, Any]) -> dict[str, Any]:
+def _in_process(
+    model: str, work: Sequence[WorkRow], options: dict[str, Any], profile: bool
+) -> dict[str, Any]:
     base = _resident()
     begun = time.perf_counter()
     llm = load(model, **options)
@@ -139,10 +158,11 @@ def _in_process(model: str, work: Sequence[WorkRow], options: dict[str, Any]) ->
     try:
         _check_fits(work, llm.config)
         _answer(session, work[:WARM_UP_ROWS])
+        watch = Profile(session.engine) if profile else None
         begun = time.perf_counter()
         tokens = _answer(session, work)
         seconds = time.perf_counter() - begun
-        return {
+        measured = {
             "load_s": load_s,
             "seconds": seconds,
             "out_tokens": tokens,
@@ -152,6 +172,28 @@ def _in_process(model: str, work: Sequence[WorkRow], options: dict[str, Any]) ->
         }
     finally:
         llm.close()
+    if watch is not None:
+        with ThreadPoolExecutor(1) as thread:  # OpenMP counts threads per calling thread
+            rates = thread.submit(_rates, DTYPES[measured["dtype"]]).result()
+        measured["profile"] = watch.report(seconds, rates)
+    return measured
+
+
+def _rates(dtype: torch.dtype) -> Rates:
+    """What this machine does with all of its cores: reading memory, and the products of the engine's own
+    kernels where they are at their best."""
+    torch.set_num_threads(cores())
+    large = torch.ones(_READ // 4, dtype=torch.float32)
+    bandwidth = large.nbytes / quickest(large.sum, "cpu", _MEASURING_SECONDS)
+
+    def product(kind: torch.dtype) -> float:
+        kernels = select("cpu", kind)
+        x, weight = torch.ones(_ROWS, _WIDTH, dtype=kind), torch.ones(_WIDTH, _WIDTH, dtype=kind)
+        packed = kernels.pack([weight], None)
+        best = quickest(lambda: kernels.linear(x, packed), "cpu", _MEASURING_SECONDS)
+        return 2 * _ROWS * _WIDTH * _WIDTH / best
+
+    return Rates(bandwidth, product(dtype), product(torch.float32))
 
 
 def _on_cluster(

@@ -43,6 +43,25 @@ def test_every_row_gets_its_own_number_of_tokens_in_this_process(model: Path) ->
     assert measured["mean_batch"] > 1
 
 
+def test_a_profile_says_where_the_time_of_the_run_went(model: Path) -> None:
+    measured = measure(str(model), WORK, profile=True)
+    check(measured)
+    found = measured["profile"]
+    parts = sum(found[f"{kind}_s"] for kind in ("idle", "prefill", "mixed", "decode"))
+    assert parts == pytest.approx(found["seconds"], abs=1e-3)
+    assert found["seconds"] == pytest.approx(measured["seconds"], abs=1e-3)
+    phases = found["phases"].values()
+    assert sum(phase["prefill_tokens"] for phase in phases) == measured["prompt_tokens"]
+    assert sum(phase["decode_tokens"] for phase in phases) == measured["out_tokens"] - len(WORK)
+    assert all(found[f"measured_{rate}_per_s"] > 0 for rate in ("gb", "product_gflop", "float32_gflop"))
+    assert "profile" not in measure(str(model), WORK)
+
+
+def test_a_profile_is_of_this_process(model: Path) -> None:
+    with pytest.raises(ValueError, match="leave workers= out"):
+        measure(str(model), WORK, workers=2, profile=True)
+
+
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_the_same_work_through_a_local_cluster(model: Path) -> None:

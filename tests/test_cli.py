@@ -314,6 +314,9 @@ def test_bench_prints_its_line(model: str, tmp_path: Path) -> None:
     work.write_text(json.dumps([{"prompt": [5, 6, 7], "out": 4}] * 5))
     measured = last_line(run("bench", "--model", model, "--work", work, "--json"))
     assert measured["out_tokens"] == 20
+    shown = run("bench", "--model", model, "--work", work, "--profile").stdout
+    assert "decode steps of" in shown
+    assert all(f" {part} " in shown for part in ("linear", "attention", "sampling", "scheduling", "python"))
     for row, words in (
         ({"prompt": [5, 999], "out": 4}, "row 0: token id 999 is outside"),
         ({"prompt": [5] * 250, "out": 40}, "row 0: 250 tokens"),

@@ -83,7 +83,7 @@ class Engine:
         threads: int,
         depart: Callable[[Flight], None] | None = None,
     ) -> None:
-        self.runner, self.batcher, self.context = runner, batcher, context
+        self.runner, self.batcher, self.sampler, self.context = runner, batcher, sampler, context
         self.metrics = EngineMetrics()
         self._threads = threads
         self._changed = threading.Condition()
@@ -231,8 +231,7 @@ class Engine:
         if not step.chunks:
             self._stuck = bool(self._under)
             return
-        batch = Batch.of([_chunk(c) for c in step.chunks], self.runner.device)
-        under = _Under(step, Flight(self._departed, batch, tuple(self._copies)))
+        under = _Under(step, Flight(self._departed, self._lay_out(step), tuple(self._copies)))
         self._copies.clear()
         self._departed += 1
         if self._depart is None:
@@ -241,6 +240,9 @@ class Engine:
         self._under[under.flight.number] = under
         self._depart(under.flight)
         under.seconds = time.monotonic() - began
+
+    def _lay_out(self, step: Step) -> Batch:
+        return Batch.of([_chunk(c) for c in step.chunks], self.runner.device)
 
     def _finish_step(self, under: _Under, hidden: torch.Tensor | None, began: float | None = None) -> None:
         began = time.monotonic() if began is None else began
@@ -293,7 +295,7 @@ class Engine:
         if len(rows) < len(choosing):
             places = {row: place for place, row in enumerate(rows)}
             logits = logits[[places[row] for row, _ in choosing]]
-        tokens = sampler.choose(logits, [sequence for _, sequence in choosing])
+        tokens = self.sampler.choose(logits, [sequence for _, sequence in choosing])
         # Siblings before their parent: it may end with its first token, and they start on its blocks.
         for (_, sequence), token in zip(reversed(choosing), reversed(tokens), strict=True):
             self._extend(sequence, token)
@@ -302,7 +304,7 @@ class Engine:
         """Note how likely each row makes the token after it; no more logits are held than it takes."""
         for start in range(0, len(scoring), LOGIT_ROWS):
             rows, sequences, targets = zip(*scoring[start : start + LOGIT_ROWS], strict=True)
-            scores = sampler.token_scores(self.runner.logits(hidden[list(rows)]), targets)
+            scores = self.sampler.token_scores(self.runner.logits(hidden[list(rows)]), targets)
             for sequence, score in zip(sequences, scores, strict=True):
                 sequence.scores.append(score)
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from daskllm.runtime.wire import Node
 
-__all__ = ["Rate", "Speeds", "kind", "measured_speeds", "recorded_speeds", "rounded"]
+__all__ = ["Rate", "Speeds", "kind", "measured_speeds", "quickest", "recorded_speeds", "rounded"]
 
 SECONDS = 0.02
 """Of one worker's arithmetic; with the memory beside it, some 60 ms of each worker that is measured."""
@@ -209,15 +209,19 @@ def _time_device(dtype: str, device: str) -> Rate:
     torch.set_num_threads(machine.cores())
     rows, width, size = _SIZES[place]
     given, weight = (torch.ones(n, width, dtype=kept, device=place) for n in (rows, width))
-    product = _least(lambda: torch.nn.functional.linear(given, weight), place, SECONDS)
+    product = quickest(lambda: torch.nn.functional.linear(given, weight), place, SECONDS)
     large = torch.ones(size // 4, dtype=torch.float32, device=place)
-    read = _least(large.sum, place, SECONDS / 2)
+    read = quickest(large.sum, place, SECONDS / 2)
     memory = torch.cuda.get_device_properties(0).total_memory if place == "cuda" else 0
     return Rate(2 * rows * width * width / product, size / read, memory)
 
 
-def _least(work: Callable[[], Any], place: str, seconds: float) -> float:
-    """Seconds of the quickest of as many runs as there is time for; whatever else is at work only adds."""
+def quickest(work: Callable[[], Any], place: str, seconds: float) -> float:
+    """Seconds of the quickest of as many runs as there is time for; whatever else is at work only adds.
+
+    Args:
+        place: "cpu", or "cuda", whose runs are waited for.
+    """
     import torch
 
     def once() -> float:
