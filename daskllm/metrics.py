@@ -2,13 +2,49 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
-__all__ = ["EngineMetrics", "StepRecord"]
+__all__ = ["EngineMetrics", "Progress", "StepCosts", "StepRecord"]
 
 _HISTORY = 4096
+_FORGET = 0.999
+"""What an earlier step still counts against the next in `EngineMetrics.costs`: some thousand steps matter."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepCosts:
+    """Seconds that a step takes: for itself, for each prompt token, for each sequence that decodes."""
+
+    step: float
+    prefill_token: float
+    decode_token: float
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What was done for a caller since the last report, and what is under way for it.
+
+    Attributes:
+        rows: that came to an end, failed ones included.
+        prompt_tokens, output_tokens: theirs.
+        errors: of the rows, those that failed.
+        ended: how many tokens each of their samples generated.
+        under_way: of each sample in the batch how many of its prompt's tokens were read, and how many it has
+            generated.
+        costs: what the engine's steps took so far.
+    """
+
+    rows: int
+    prompt_tokens: int
+    output_tokens: int
+    errors: int
+    ended: tuple[int, ...] = ()
+    under_way: tuple[tuple[int, int], ...] = ()
+    costs: StepCosts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +96,7 @@ class EngineMetrics:
     aborted: int = 0
     remembered: int = 0
     history: deque[StepRecord] = field(default_factory=lambda: deque(maxlen=_HISTORY))
+    _sums: list[float] = field(default_factory=lambda: [0.0] * 9)
 
     def record(self, step: StepRecord) -> None:
         """Add one step."""
@@ -72,13 +109,66 @@ class EngineMetrics:
         self.prefill_tokens += step.prefill_tokens
         self.decode_tokens += step.decode_tokens
         self.history.append(step)
+        x, y, t = step.prefill_tokens, step.decode_tokens, step.seconds
+        new = (1.0, x, y, x * x, x * y, y * y, t, x * t, y * t)
+        self._sums = [_FORGET * a + b for a, b in zip(self._sums, new, strict=True)]
+
+    def costs(self) -> StepCosts | None:
+        """What steps take, by least squares over those of late, none of it negative; None before the first.
+
+        Example:
+            >>> metrics = EngineMetrics()
+            >>> for prefill, decode in [(100, 0), (0, 8), (50, 4), (0, 1)]:
+            ...     seconds = 0.01 + 0.001 * prefill + 0.002 * decode
+            ...     metrics.record(StepRecord(0.0, seconds, prefill, decode, 1, 0, 1, 1))
+            >>> costs = metrics.costs()
+            >>> round(costs.step, 4), round(costs.prefill_token, 4), round(costs.decode_token, 4)
+            (0.01, 0.001, 0.002)
+        """
+        n, x, y, xx, xy, yy, t, xt, yt = self._sums
+        if not t:
+            return None
+        return StepCosts(*_least_squares([[n, x, y], [x, xx, xy], [y, xy, yy]], [t, xt, yt]))
 
     def totals(self) -> dict[str, float]:
         """Everything but the history, as one flat dict."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "history"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("history", "_sums")}
 
     def fill(self, seconds: float = float("inf")) -> float:
         """Mean number of sequences in the batch over the last ``seconds`` (0 without a step)."""
         since = time.monotonic() - seconds
         sizes = [step.running for step in list(self.history) if step.time >= since]
         return sum(sizes) / len(sizes) if sizes else 0.0
+
+
+def _least_squares(a: Sequence[Sequence[float]], b: Sequence[float]) -> list[float]:
+    """Factors of at least 0 that fit best, from the sums of products; tried with any of them being 0."""
+    best, least = [0.0] * len(b), 0.0
+    for size in range(1, len(b) + 1):
+        for kept in itertools.combinations(range(len(b)), size):
+            found = _solved([[a[i][j] for j in kept] for i in kept], [b[i] for i in kept])
+            if found is None or min(found) < 0:
+                continue
+            # Of all residuals, the part that depends on the factors.
+            error = -sum(value * b[i] for value, i in zip(found, kept, strict=True))
+            if error < least - 1e-12 * abs(least):
+                best, least = [0.0] * len(b), error
+                for value, i in zip(found, kept, strict=True):
+                    best[i] = value
+    return best
+
+
+def _solved(a: list[list[float]], b: list[float]) -> list[float] | None:
+    """The solution of a small symmetric system by elimination; None where it has no certain one."""
+    rows = [[*row, right] for row, right in zip(a, b, strict=True)]
+    for i in range(len(rows)):
+        if rows[i][i] <= 1e-9 * a[i][i]:
+            return None
+        for j in range(i + 1, len(rows)):
+            factor = rows[j][i] / rows[i][i]
+            rows[j] = [x - factor * y for x, y in zip(rows[j], rows[i], strict=True)]
+    out = [0.0] * len(rows)
+    for i in reversed(range(len(rows))):
+        known = sum(rows[i][j] * out[j] for j in range(i + 1, len(rows)))
+        out[i] = (rows[i][-1] - known) / rows[i][i]
+    return out

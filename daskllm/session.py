@@ -25,7 +25,7 @@ from daskllm.engine.layers import ResidentModel
 from daskllm.engine.runner import Runner
 from daskllm.engine.sequence import Request, Sample
 from daskllm.engine.stage import MAX_SEQUENCES, MAX_STEP_TOKENS, Flight, kv_room, open_runner
-from daskllm.metrics import EngineMetrics
+from daskllm.metrics import EngineMetrics, Progress
 from daskllm.models import DecoderConfig, layer_names
 from daskllm.results import Embedding, Score
 from daskllm.text.encode import Encoded, Encoder
@@ -36,16 +36,6 @@ from daskllm.types import URGENT, Completion, ModelSpec, Pooling, Prompt, RowErr
 __all__ = ["Progress", "Session", "end_tokens"]
 
 _POLL_SECONDS = 0.25
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """What was done since the last report."""
-
-    rows: int
-    prompt_tokens: int
-    output_tokens: int
-    errors: int
 
 
 @dataclass(slots=True)
@@ -321,7 +311,7 @@ class Session:
         finished: Callable[[Sequence[tuple[int, _Row]]], None] | None = None,
     ) -> None:
         tickets = [row.ticket for row in rows if row.ticket is not None]
-        reporter = _Reporter(rows, progress, finished)
+        reporter = _Reporter(rows, self.engine, progress, finished)
         watched = progress is not None or cancelled is not None or finished is not None
         try:
             while len(self.engine.wait(tickets, _POLL_SECONDS if watched else None)) < len(tickets):
@@ -372,22 +362,25 @@ class _Reporter:
     def __init__(
         self,
         rows: Sequence[_Row],
+        engine: Engine,
         progress: Callable[[Progress], None] | None,
         finished: Callable[[Sequence[tuple[int, _Row]]], None] | None,
     ) -> None:
         self._open, self._progress, self._finished = list(enumerate(rows)), progress, finished
+        self._engine = engine
+        self._caller = next((row.ticket.request.caller for row in rows if row.ticket is not None), None)
 
     def report(self) -> None:
         if self._progress is None and self._finished is None:
             return
         over = [numbered for numbered in self._open if numbered[1].over]
-        if not over:
-            return
-        gone = {number for number, _ in over}
-        self._open = [numbered for numbered in self._open if numbered[0] not in gone]
-        if self._finished is not None:
-            self._finished(over)
-        if self._progress is None:
+        if over:
+            gone = {number for number, _ in over}
+            self._open = [numbered for numbered in self._open if numbered[0] not in gone]
+            if self._finished is not None:
+                self._finished(over)
+        under_way = self._engine.under_way(self._caller) if self._open else ()
+        if self._progress is None or not (over or under_way):
             return
         done = [row for _, row in over]
         samples = [s for row in done for s in row.samples]
@@ -397,6 +390,9 @@ class _Reporter:
                 prompt_tokens=sum(len(row.ids) for row in done),
                 output_tokens=sum(len(s.token_ids) for s in samples),
                 errors=sum(row.error is not None or any(s.error for s in row.samples) for row in done),
+                ended=tuple(len(s.token_ids) for s in samples if s.error is None),
+                under_way=under_way,
+                costs=self._engine.metrics.costs(),
             )
         )
 

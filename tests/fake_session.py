@@ -18,17 +18,10 @@ from typing import Any
 import numpy as np
 
 from daskllm.metrics import EngineMetrics
+from daskllm.metrics import Progress as Counts
 from daskllm.results import Embedding
 from daskllm.runtime.process import open_session, session_for
 from daskllm.types import Completion, ModelError, Prompt, RowError, SamplingParams, TokenLogprob
-
-
-@dataclass(frozen=True)
-class Counts:
-    rows: int
-    prompt_tokens: int
-    output_tokens: int
-    errors: int
 
 
 @dataclass(frozen=True)
@@ -61,6 +54,7 @@ class FakeSpec:
     stages: tuple[()] = ()
     chains: tuple[()] = ()
     identity: str = "fake"
+    revision: None = None
     free: int = 0
     held: str | None = None
     yields: bool = False

@@ -27,6 +27,7 @@ from daskllm.cli.options import (
 from daskllm.cli.running import (
     THREADS_PER_WORKER,
     close,
+    explained,
     new_directory,
     part_name,
     running_on,
@@ -50,7 +51,8 @@ MARKER = "_daskllm_demo"
     "--input", "inputs", required=True, multiple=True, help="Parquet, CSV or JSONL files; globs too."
 )
 @click.option("--prompt", required=True, help='A column, or a template such as "Translate: {text}".')
-@click.option("--output", required=True, help="A new directory; gets a Parquet file per partition.")
+@click.option("--output", help="A new directory; gets a Parquet file per partition.")
+@click.option("--dry-run", is_flag=True, help="Say what it would take, and answer a few rows at most.")
 @click.option("--column", default="generated", show_default=True, help="Name of the column of answers.")
 @click.option("--chat", is_flag=True, help="Ask through the model's chat template.")
 @click.option("--system", help="What the system message says.")
@@ -63,7 +65,8 @@ MARKER = "_daskllm_demo"
 def generate(
     inputs: tuple[str, ...],
     prompt: str,
-    output: str,
+    output: str | None,
+    dry_run: bool,
     column: str,
     chat: bool,
     system: str | None,
@@ -82,7 +85,7 @@ def generate(
     """Answer a table of prompts: every input column stays, the answers' columns are added."""
     with failures():
         chosen = given(sampling)
-        target = new_directory(output)
+        target = None if dry_run else new_directory(output)
         with running_on(scheduler, workers, threads) as client:
             slots = sum(client.nthreads().values()) if client else THREADS_PER_WORKER
             frame, rows, kinds = read_tables(inputs, slots)
@@ -98,6 +101,9 @@ def generate(
             ask = frame.llm.chat if chat else frame.llm.generate
             with known_columns():
                 answered = ask(llm, prompt, output=column, system=system, **chosen)
+            if target is None:
+                explained(answered.llm.explain(), as_json)
+                return
             took = write(answered, target, client, rows, kinds)
         close(summary(target, column, *took), as_json)
 

@@ -20,12 +20,14 @@ from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
+from daskllm.jobs.explanation import Explanation
 from daskllm.runtime.deploy import local_cluster
 from daskllm.runtime.progress import Increment, follow
 
 __all__ = [
     "THREADS_PER_WORKER",
     "close",
+    "explained",
     "new_directory",
     "part_name",
     "running_on",
@@ -164,8 +166,17 @@ def close(done: Mapping[str, Any], as_json: bool) -> None:
         click.echo(json.dumps(done))
 
 
-def new_directory(output: str) -> Path:
+def explained(explanation: Explanation, as_json: bool) -> None:
+    """Print what a job would take."""
+    click.echo(str(explanation), err=as_json)
+    if as_json:
+        click.echo(json.dumps(explanation.to_dict()))
+
+
+def new_directory(output: str | None) -> Path:
     """The output directory, made if it is missing; refused when something lies in it."""
+    if output is None:
+        raise ValueError("--output names the directory of the answers; only --dry-run goes without it")
     path = Path(output)
     path.mkdir(parents=True, exist_ok=True)
     if any(path.iterdir()):

@@ -135,6 +135,16 @@ class Engine:
         with self._changed:
             return self._changed.wait_for(predicate, timeout)
 
+    def under_way(self, caller: object) -> tuple[tuple[int, int], ...]:
+        """Of each sample of a caller's in the batch, how many tokens of its prompt were read and how many it
+        has generated."""
+        running = list(self.batcher.running)  # in one piece, beside the engine's thread
+        return tuple(
+            (min(s.computed, len(s.request.prompt)), s.produced)
+            for s in running
+            if s.request.caller is caller
+        )
+
     def abort(self, tickets: Sequence[Ticket]) -> None:
         """Stop decoding these and free their blocks before the next step."""
         with self._changed:

@@ -13,6 +13,9 @@ import pandas as pd
 from dask.dataframe.extensions import register_dataframe_accessor
 
 from daskllm.frame.ask import Handle, ask_table, call_over
+from daskllm.frame.explain import explain_table
+from daskllm.jobs.explanation import Explanation
+from daskllm.runtime.call import Kind
 from daskllm.types import Pooling
 
 __all__ = ["DaskAccessor", "PandasAccessor"]
@@ -159,6 +162,37 @@ class _Accessor(Generic[Table]):
             normalize=normalize,
         )
         return ask_table(self._table, llm, call)
+
+    def explain(
+        self,
+        llm: Handle | None = None,
+        prompt: Hashable = None,
+        kind: Kind = "generate",
+        *,
+        full: bool = False,
+        seconds: float = 10.0,
+        **asked: Any,
+    ) -> Explanation:
+        """What answering the table would take: rows, tokens, memory, time. The table stays as it is.
+
+        A part of it is read, its prompts are made and counted, and a few rows are answered, whose answers
+        are thrown away: they tell how fast it goes and how long answers are.
+
+        Args:
+            llm, prompt: as for `generate`, of a question that has not been asked yet. Without them, a Dask
+                table that `generate` or its like returned is explained.
+            kind: "generate", "chat", "score" or "embed".
+            full: count every row instead of a sample; that reads the whole table.
+            seconds: how long rows may run at most, some on each of up to four engines; 0: none runs, and
+                nothing is said of time.
+            asked: the other arguments of `generate`, `chat`, `score` or `embed`.
+
+        Returns:
+            A table on the screen and in a notebook; ``to_dict()`` is for programs.
+
+        Raises: as `generate`; ValueError also for a table with no answers to come, or with several.
+        """
+        return explain_table(self._table, llm, prompt, kind, full, seconds, asked)
 
 
 @pd.api.extensions.register_dataframe_accessor("llm")

@@ -48,12 +48,17 @@ from daskllm.runtime.slices import (
     slice_key,
 )
 
-__all__ = ["Answered", "Cut", "Merged", "Numbered", "Sliced", "answered"]
+__all__ = ["Answered", "Cut", "Merged", "Numbered", "Sliced", "answered", "asked_of"]
 
 
 def answered(frame: Expr, call: Call) -> Expr:
     """``frame`` with the columns of ``call``."""
-    return Answered(Numbered(frame, None) if call.by_place else frame, call)
+    return Answered(asked_of(frame, call), call)
+
+
+def asked_of(frame: Expr, call: Call) -> Expr:
+    """What ``call`` is asked of: ``frame``, with its rows' places where draws start from them."""
+    return Numbered(frame, None) if call.by_place else frame
 
 
 class Numbered(CumulativeAggregations):  # type: ignore[misc]
@@ -196,6 +201,9 @@ class Cut(Blockwise):  # type: ignore[misc]
     def _meta(self) -> pd.DataFrame:
         return self.frame._meta
 
+    def _task(self, name: Any, index: int) -> Task:
+        return Task(name, cut_table, TaskRef((self.frame._name, index)), self.call, self._name)
+
 
 class Sliced(Expr):  # type: ignore[misc]
     """The answers to the slices of each partition: `SLICES` tasks, whose keys are `slice_key`'s.
@@ -228,7 +236,7 @@ class Sliced(Expr):  # type: ignore[misc]
             cut = TaskRef((self.frame._name, part))
             for number in range(SLICES):
                 key = slice_key(self._name, part, number)
-                layer[key] = Task(key, answer_slice, cut, number, self.call)
+                layer[key] = Task(key, answer_slice, cut, number, self.call, self.frame._name)
         return layer
 
     def _simplify_up(self, parent: Expr, dependents: Any) -> Expr | None:

@@ -7,20 +7,22 @@ runs again after a failure reports its rows again, those that were kept as remem
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distributed import Client
 
+    from daskllm.metrics import Progress
     from daskllm.runtime.worker import WorkerTask
 
-__all__ = ["TOPIC", "Counts", "Increment", "Reporter", "follow"]
+__all__ = ["TOPIC", "Increment", "Reporter", "follow"]
 
 TOPIC = "daskllm"
 INTERVAL = 0.25
@@ -29,40 +31,43 @@ INTERVAL = 0.25
 Callback = Callable[["Increment"], None]
 
 
-class Counts(Protocol):
-    """What a session reports: increments since it last did."""
-
-    @property
-    def rows(self) -> int: ...
-    @property
-    def prompt_tokens(self) -> int: ...
-    @property
-    def output_tokens(self) -> int: ...
-    @property
-    def errors(self) -> int: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Increment:
-    """What was finished since the same task's last event.
+    """What was finished since the same task's last event, and what the task has under way.
 
     Attributes:
         rows: rows answered, failed ones included.
-        prompt_tokens, output_tokens: tokens read and generated.
+        prompt_tokens, output_tokens: tokens read and generated for them.
         errors: rows that failed.
-        worker: the Dask worker's address; "" in this process.
         remembered: those of the rows whose answer was there without the model.
+        cut_rows, cut_tokens: rows of a partition that was cut, and about how many tokens their prompts have.
+        begun_rows, begun_tokens, begun_estimate: rows that the task has begun with, how many tokens their
+            prompts have, and how many they were estimated to have.
+        worker: the Dask worker's address; "" in this process.
+        job: of which table, by the name of its cut; "" for rows that are no Dask frame's.
+        task: which task this is from.
+        ended: (tokens, count): so many samples ended with so many tokens.
+        under_way: of each of the task's samples in the batch how many prompt tokens were read, how many
+            tokens generated. It takes the place of what the task said of it before.
+        costs: seconds of an engine's step, of each prompt token and of each decoding sequence in it.
     """
 
-    rows: int
-    prompt_tokens: int
-    output_tokens: int
-    errors: int
-    worker: str = ""
+    rows: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    errors: int = 0
     remembered: int = 0
-
-
-_COUNTED = ("rows", "prompt_tokens", "output_tokens", "errors", "remembered")
+    cut_rows: int = 0
+    cut_tokens: int = 0
+    begun_rows: int = 0
+    begun_tokens: int = 0
+    begun_estimate: int = 0
+    worker: str = ""
+    job: str = ""
+    task: str = ""
+    ended: tuple[tuple[int, int], ...] = ()
+    under_way: tuple[tuple[int, int], ...] = ()
+    costs: tuple[float, float, float] | None = None
 
 
 class _Subscribers:
@@ -98,19 +103,36 @@ _clients: dict[str, _Subscribers] = {}
 
 
 class Reporter:
-    """Passes one task's increments on, at most every `INTERVAL` seconds; `flush` sends the rest."""
+    """Passes one task's increments on, at most every `INTERVAL` seconds; `flush` sends the rest.
 
-    def __init__(self, task: WorkerTask | None) -> None:
+    Args:
+        task: the Dask task, None outside a worker.
+        job: as `Increment` has it.
+    """
+
+    def __init__(self, task: WorkerTask | None, job: str = "") -> None:
         self._task = task
+        self._from: dict[str, Any] = {"worker": "", "job": job, "task": f"{os.getpid()}-{id(self)}"}
+        if task is not None:
+            self._from |= {"worker": task.worker.address, "task": str(task.key)}
         self._pending: Counter[str] = Counter()
+        self._ended: Counter[int] = Counter()
+        self._under_way: tuple[tuple[int, int], ...] = ()
+        self._costs: tuple[float, float, float] | None = None
         self._sent = 0.0
 
-    def __call__(self, counts: Counts) -> None:
+    def __call__(self, progress: Progress) -> None:
+        """Take a session's report."""
+        self._ended.update(progress.ended)
+        self._under_way = progress.under_way
+        if progress.costs is not None:
+            costs = progress.costs
+            self._costs = (costs.step, costs.prefill_token, costs.decode_token)
         self.add(
-            rows=counts.rows,
-            prompt_tokens=counts.prompt_tokens,
-            output_tokens=counts.output_tokens,
-            errors=counts.errors,
+            rows=progress.rows,
+            prompt_tokens=progress.prompt_tokens,
+            output_tokens=progress.output_tokens,
+            errors=progress.errors,
         )
 
     def add(self, **counts: int) -> None:
@@ -119,37 +141,53 @@ class Reporter:
         if self._task is not None:
             self._task.finished(counts.get("rows", 0))
         if time.monotonic() - self._sent >= INTERVAL:
-            self.flush()
+            self._send()
 
     def flush(self) -> None:
-        """Send what has not been sent."""
-        if not any(self._pending.values()):
+        """Send what has not been sent; nothing is under way any more."""
+        self._under_way = ()
+        self._send()
+
+    def _send(self) -> None:
+        if not any(self._pending.values()) and not self._under_way:
             return
         self._sent = time.monotonic()
-        worker = "" if self._task is None else self._task.worker.address
-        counts = {name: self._pending[name] for name in _COUNTED}
-        increment = Increment(worker=worker, **counts)
+        increment = Increment(
+            **(self._from | self._pending),
+            ended=tuple(self._ended.items()),
+            under_way=self._under_way,
+            costs=self._costs,
+        )
         self._pending.clear()
+        self._ended.clear()
         if self._task is None:
             _here.send(increment)
         else:
-            self._task.worker.log_event(TOPIC, asdict(increment))
+            whole = asdict(increment)
+            self._task.worker.log_event(TOPIC, {name: value for name, value in whole.items() if value})
 
 
 @contextmanager
-def follow(client: Client | None, callback: Callback) -> Iterator[None]:
+def follow(client: Client | None, callback: Callback, jobs: Collection[str] | None = None) -> Iterator[None]:
     """Call ``callback`` with every `Increment` while the context is open.
 
     Args:
         client: whose cluster to follow, besides this process; None for this process alone.
         callback: called from other threads, one call at a time per source; it should be quick.
+        jobs: of these alone; what they hold may change meanwhile.
     """
-    _here.add(callback)
+
+    def of_these(increment: Increment) -> None:
+        if increment.job in jobs:  # type: ignore[operator]
+            callback(increment)
+
+    heard = callback if jobs is None else of_these
+    _here.add(heard)
     try:
-        with _following(client, callback):
+        with _following(client, heard):
             yield
     finally:
-        _here.remove(callback)
+        _here.remove(heard)
 
 
 @contextmanager

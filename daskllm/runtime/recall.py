@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from daskllm.engine.layers import ResidentModel
     from daskllm.runtime.progress import Reporter
     from daskllm.session import Session
+    from daskllm.text.encode import Encoded
     from daskllm.types import Completion, Prompt
 
-__all__ = ["generated", "place_for"]
+__all__ = ["generated", "place_for", "remembered"]
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +90,20 @@ def generated(
     return rows.answers
 
 
+def remembered(session: Session, encoded: Sequence[Encoded], call: Call, places: Sequence[RowPlace]) -> int:
+    """Of how many of these prompts the answers are kept."""
+    kept = _kept_answers(call, session)
+    if kept is None:
+        return 0
+    keys = [
+        key_of(one.ids, _draw(call, place if call.by_place else ()))
+        for one, place in zip(encoded, places, strict=True)
+        if one.error is None
+    ]
+    known = kept.get(list(dict.fromkeys(keys)))
+    return sum(key in known for key in keys)
+
+
 class _Rows:
     """The rows of a call on their way."""
 
@@ -102,6 +117,7 @@ class _Rows:
     ) -> None:
         self._session, self._call, self._report = session, call, report
         self._encoded = session.encode(prompts, call.params)
+        report.add(begun_tokens=sum(len(one.ids) for one in self._encoded))
         self._kept = _kept_answers(call, session)
         self.answers: list[list[Completion]] = [[] for _ in prompts]
         self._keys: dict[int, bytes] = {}

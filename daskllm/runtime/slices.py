@@ -5,23 +5,24 @@ one merge. The cut deals the rows out so that the slices take about the same tim
 for return at once. A slice holds its rows' cells alone and is small enough that there is something to steal
 at a job's end; the merge, where the partition is, puts the answers back in order.
 
-It owns what a row is expected to cost. It refuses to know how a graph is built and how rows are answered.
+It owns how rows are dealt. It refuses to know how a graph is built and how rows are answered.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from daskllm.runtime.call import Call, Place
 from daskllm.runtime.columns import attach, cells, columns_of, labels_of
+from daskllm.runtime.costs import Costs, costs_of, prompt_estimates
+from daskllm.runtime.progress import Reporter
 from daskllm.runtime.tasks import answer_rows
-from daskllm.runtime.worker import current_worker
+from daskllm.runtime.worker import current_task, current_worker
 
 __all__ = [
     "ENOUGH_ROWS",
@@ -35,6 +36,7 @@ __all__ = [
     "equal_rows",
     "merge_table",
     "number_rows",
+    "places_of",
     "rows_of",
     "slice_key",
 ]
@@ -49,40 +51,6 @@ ENOUGH_TOKENS = 8192
 PLACE = "__daskllm_place__"
 """The column that carries each row's place past a filter: partition << 32 | row, int64."""
 _ROW_BITS = 32
-_LIKELY_TOKENS = 128
-"""Of an answer that may end by itself, as most do long before a high ``max_tokens``."""
-_BYTES_PER_TOKEN = 4
-"""Of text in UTF-8. Close for most languages and tokenizers, and needs none of them."""
-
-Costs = npt.NDArray[np.float64]
-
-
-def costs_of(rows: Sequence[Sequence[Any]], call: Call) -> Costs:
-    """About how many tokens each row will take, in and out, float64 ``[rows]``.
-
-    What all rows share (a template's text, ``system``, examples) is left out: it changes no balance.
-
-    Args:
-        rows: for each row the cells of ``call.labels``.
-    """
-    params = call.params
-    out = 0
-    if call.generates:
-        likely = params.max_tokens if params.ignore_eos else min(params.max_tokens, _LIKELY_TOKENS)
-        out = params.n * max(likely, params.min_tokens)
-    return np.array([1 + out + sum(map(_tokens, row)) for row in rows], dtype="float64")
-
-
-def _tokens(cell: Any) -> int:
-    """About how many tokens a cell is: text, token ids, messages; whatever else it is, some number."""
-    if isinstance(cell, str):
-        size = len(cell) if cell.isascii() else len(cell.encode("utf-8", "surrogatepass"))
-        return size // _BYTES_PER_TOKEN
-    if isinstance(cell, np.ndarray):
-        return sum(map(_tokens, cell.ravel())) if cell.dtype == object else cell.size
-    if isinstance(cell, Mapping):
-        return sum(map(_tokens, cell.values()))
-    return sum(map(_tokens, cell)) if isinstance(cell, Sequence) else 1
 
 
 def deal(costs: Costs, hands: int) -> list[list[int]]:
@@ -138,20 +106,25 @@ def number_rows(table: pd.DataFrame, number: int) -> pd.DataFrame:
     return attach(table, {PLACE: range(start, start + len(table))})
 
 
-def cut_table(table: pd.DataFrame, call: Call) -> list[pd.DataFrame]:
+def cut_table(table: pd.DataFrame, call: Call, job: str = "") -> list[pd.DataFrame]:
     """The rows of a partition in up to `SLICES` slices of about the same cost: 1, 2, 4, … of them.
 
     A slice has the columns that the call needs, and the rows' numbers in the partition as its index. Where
     there is no Dask worker nobody can take a slice over, and all rows stay in one.
+
+    Args:
+        job: whose rows they are, for those who follow.
     """
     if not len(table):
         return []
     (place,) = labels_of([PLACE], table.columns)
     needed = table[[*call.labels, place] if place in table.columns else [*call.labels]]
     needed = needed.set_axis(pd.RangeIndex(len(table)), axis=0)
+    rows = cells(needed, call.labels)
+    told = int(prompt_estimates(rows, call).sum())
+    Reporter(current_task(), job).add(cut_rows=len(rows), cut_tokens=told)
     if current_worker() is None:
         return [needed]
-    rows = cells(needed, call.labels)
     groups = equal_rows(rows, call)
     costs = costs_of([rows[group[0]] for group in groups], call)
     worth = max(len(costs) // ENOUGH_ROWS, int(costs.sum() // ENOUGH_TOKENS), 1)
@@ -177,15 +150,20 @@ def _slice_names(name: str) -> tuple[str, ...]:
     return tuple(f"{kind}-{word}{token}" for word in ("", "two-", "four-", "eight-"))
 
 
-def answer_slice(slices: Sequence[pd.DataFrame], number: int, call: Call) -> pd.DataFrame | None:
+def answer_slice(
+    slices: Sequence[pd.DataFrame], number: int, call: Call, job: str = ""
+) -> pd.DataFrame | None:
     """The answers to one slice of a partition, as the call's columns; None where the cut made fewer.
 
     The index is the slice's.
+
+    Args:
+        job: as for `cut_table`.
     """
     if number >= len(slices):
         return None
     rows = slices[number]
-    answers = answer_rows(cells(rows, call.labels), call, _places(rows))
+    answers = answer_rows(cells(rows, call.labels), call, places_of(rows), job)
     return pd.DataFrame(columns_of(answers, call), index=rows.index)
 
 
@@ -204,7 +182,8 @@ def _in_order(answers: Sequence[pd.DataFrame]) -> dict[str, Any]:
     return {str(name): column.array for name, column in whole.items()}
 
 
-def _places(rows: pd.DataFrame) -> list[Place]:
+def places_of(rows: pd.DataFrame) -> list[Place]:
+    """Where the draws of a slice's rows start."""
     (label,) = labels_of([PLACE], rows.columns)
     if label not in rows.columns:
         return [(0, row) for row in rows.index.tolist()]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dask.utils import key_split
 
 from daskllm.runtime.call import Call, Place
+from daskllm.runtime.costs import prompt_estimates
 from daskllm.runtime.local import abandonment
 from daskllm.runtime.process import using
 from daskllm.runtime.progress import Reporter
@@ -45,20 +46,25 @@ def plain(answer: Any, call: Call) -> Any:
     return answer[0] if call.params.n == 1 else answer
 
 
-def answer_rows(rows: Sequence[Sequence[Any]], call: Call, places: Sequence[Place]) -> Sequence[Any]:
+def answer_rows(
+    rows: Sequence[Sequence[Any]], call: Call, places: Sequence[Place], job: str = ""
+) -> Sequence[Any]:
     """For each row its `Score`, its `Embedding`, or the list of its samples, in order.
 
     Args:
         rows: for each row the cells of ``call.labels``.
         places: for each row where its draws start, if ``call.by_place``.
+        job: whose rows they are, for those who follow.
 
     Raises:
         InterruptedError: the Dask task that waits for the rows was cancelled, or its run given up.
     """
     if not rows:
         return ()
-    with watched(call, len(rows)) as run:
+    with watched(call, len(rows), job) as run:
         prompts = call.prompts(rows, run.session.tokenizer)
+        estimate = int(prompt_estimates(rows, call).sum())
+        run.report.add(begun_rows=len(rows), begun_estimate=estimate)
         while True:
             try:
                 return _answers(run, prompts, call, places)
@@ -95,11 +101,11 @@ class Run:
 
 
 @contextmanager
-def watched(call: Call, rows: int) -> Iterator[Run]:
+def watched(call: Call, rows: int, job: str = "") -> Iterator[Run]:
     """This process's session, with the callbacks that tie so many rows to the task that waits for them."""
     given_up = abandonment(call)
     task = current_task()
-    report = Reporter(task)
+    report = Reporter(task, job)
 
     def cancelled() -> bool:
         if task is None:

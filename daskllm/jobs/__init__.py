@@ -1,0 +1,9 @@
+"""Long runs: what one would take, how far it is, and what it leaves behind.
+
+It refuses to know how rows are answered, and what a user's table or command looks like.
+"""
+
+from daskllm.jobs.explain import explain
+from daskllm.jobs.explanation import Explanation
+
+__all__ = ["Explanation", "explain"]
