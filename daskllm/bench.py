@@ -117,8 +117,9 @@ def measure(
         ``load_s`` from the call of ``load`` until ready to generate; ``seconds`` for all rows after the
         warm-up; ``out_tokens``, ``out_tokens_per_s``, ``prompt_tokens``, ``rows``; ``base_rss_mb`` resident
         before ``load`` and ``peak_rss_mb`` the most ever resident, both in 10**6 bytes and summed over the
-        processes that hold the model; ``preemptions``; the machine and versions it ran on; and ``profile``
-        where it was asked for.
+        processes that hold the model; ``preemptions``; ``reused_tokens``, prompt tokens whose keys and
+        values were found instead of computed; the machine and versions it ran on; and ``profile`` where it
+        was asked for.
 
     Raises:
         ValueError: options that exclude each other.
@@ -157,7 +158,7 @@ def _in_process(
     load_s = time.perf_counter() - begun
     try:
         _check_fits(work, llm.config)
-        _answer(session, work[:WARM_UP_ROWS])
+        _answer(session, _warm_up(work))
         watch = Profile(session.engine) if profile else None
         begun = time.perf_counter()
         tokens = _answer(session, work)
@@ -207,7 +208,7 @@ def _on_cluster(
         load_s = time.perf_counter() - begun
         _check_fits(work, llm.config)
         engines_at = [chain.stages[-1].worker for chain in spec.chains] or list(client.nthreads())
-        _at_each(client, engines_at, _answer_here, spec, work[:WARM_UP_ROWS])
+        _at_each(client, engines_at, _answer_here, spec, _warm_up(work))
         costs = np.array([len(row.prompt) + row.out for row in work], dtype="float64")
         parts = [[work[row] for row in batch] for batch in batches(costs, len(engines_at))]
         begun = time.perf_counter()
@@ -224,11 +225,16 @@ def _on_cluster(
             "base_rss_mb": base,
             "peak_rss_mb": sum(client.run(_peak_resident).values()),
             **engines[0],
-            "preemptions": sum(engine["preemptions"] for engine in engines),
+            **{name: sum(engine[name] for engine in engines) for name in ("preemptions", "reused_tokens")},
             "workers": workers,
             "threads": threads,
             "stages": len(spec.chains[0].stages) if spec.chains else 1,
         }
+
+
+def _warm_up(work: Sequence[WorkRow]) -> list[WorkRow]:
+    """The first rows back to front: of their length, and nothing of them is found by the rows themselves."""
+    return [WorkRow(row.prompt[::-1], row.out) for row in work[:WARM_UP_ROWS]]
 
 
 def _check_fits(work: Sequence[WorkRow], config: DecoderConfig) -> None:
@@ -279,6 +285,7 @@ def _engine(session: Session) -> dict[str, Any]:
         "device": session.engine.runner.device,
         "kv_mb": round(2 * sum(tensor.nbytes for tensor in keys) / MEGABYTE, 3),
         "preemptions": metrics.preemptions,
+        "reused_tokens": metrics.reused_tokens,
         "mean_batch": round(metrics.fill(), 1),
     }
 

@@ -76,6 +76,8 @@ class EngineMetrics:
 
     Attributes:
         busy_seconds: in steps.
+        prompt_tokens: of the prompts that came.
+        reused_tokens: whose keys and values were found instead of computed, for rows taken up again too.
         remembered: rows that were answered without the engine.
         waiting_seconds: between two steps; before the first, nothing has to be waited for.
 
@@ -88,6 +90,8 @@ class EngineMetrics:
     steps: int = 0
     busy_seconds: float = 0.0
     waiting_seconds: float = 0.0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
     prefill_tokens: int = 0
     decode_tokens: int = 0
     output_tokens: int = 0

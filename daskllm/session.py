@@ -177,7 +177,11 @@ class Session:
                 place = (number,) if places is None else places[number]
                 requests.append(self._request(row, job_seed, place, caller, priority))
         # Longest first, where that is known, so that no long row runs on alone at the end (Graham 1969, LPT).
-        order = sorted(range(len(pending)), key=lambda i: _least_tokens(requests[i]), reverse=True)
+        # Among equals, those that begin alike beside one another: the engine computes what they share once,
+        # and finds it as long as it does not need the room.
+        order = sorted(
+            range(len(pending)), key=lambda i: (-_least_tokens(requests[i]), tuple(requests[i].prompt))
+        )
         for i, ticket in zip(order, self.engine.submit([requests[i] for i in order]), strict=True):
             pending[i].ticket = ticket
         if finished is None:

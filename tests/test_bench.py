@@ -14,6 +14,7 @@ WORK = [
     WorkRow(tuple(range(5, 60)), 3),
     WorkRow((9,), 12),
     *[WorkRow((1, 2), 4)] * 6,
+    *[WorkRow((*range(100, 140), last), 2) for last in (1, 2, 3)],
 ]
 
 
@@ -41,6 +42,7 @@ def test_every_row_gets_its_own_number_of_tokens_in_this_process(model: Path) ->
     measured = measure(str(model), WORK)
     check(measured)
     assert measured["mean_batch"] > 1
+    assert measured["reused_tokens"] == 2 * 32
 
 
 def test_a_profile_says_where_the_time_of_the_run_went(model: Path) -> None:
@@ -51,7 +53,8 @@ def test_a_profile_says_where_the_time_of_the_run_went(model: Path) -> None:
     assert parts == pytest.approx(found["seconds"], abs=1e-3)
     assert found["seconds"] == pytest.approx(measured["seconds"], abs=1e-3)
     phases = found["phases"].values()
-    assert sum(phase["prefill_tokens"] for phase in phases) == measured["prompt_tokens"]
+    computed = sum(phase["prefill_tokens"] for phase in phases)
+    assert computed == measured["prompt_tokens"] - measured["reused_tokens"]
     assert sum(phase["decode_tokens"] for phase in phases) == measured["out_tokens"] - len(WORK)
     assert all(found[f"measured_{rate}_per_s"] > 0 for rate in ("gb", "product_gflop", "float32_gflop"))
     assert "profile" not in measure(str(model), WORK)

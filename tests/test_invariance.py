@@ -1,5 +1,5 @@
-"""A row's logits are the same bits alone, in a batch, with its prompt in chunks, after preemption, and on any
-number of threads."""
+"""A row's logits are the same bits alone, in a batch, with its prompt in chunks, after preemption, on any
+number of threads, and on keys and values that another row computed."""
 
 from __future__ import annotations
 
@@ -43,12 +43,13 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
 
 
 def run(path: Path, dtype: str, seen: Seen, prompts: list[list[int]], **changes: int) -> tuple[Seen, Session]:
-    """What one way of running the prompts gives; changes: step_tokens, kv_memory, threads, at_once."""
+    """What one way of running the prompts gives; changes: step_tokens, kv_memory, threads, at_once, reuse."""
     seen.clear()
     session = Session.open(ModelSpec(path=str(path), dtype=dtype, kv_memory=changes.get("kv_memory")))
     try:
         session.engine._threads = changes.get("threads", torch.get_num_threads())
         session.engine.batcher.max_tokens = changes.get("step_tokens", 512)
+        session.engine.batcher.reuse = bool(changes.get("reuse", True))
         size = changes.get("at_once", len(prompts))
         for start in range(0, len(prompts), size):
             session.generate(prompts[start : start + size], GREEDY)
@@ -80,3 +81,32 @@ def test_same_bits(name: str, dtype: str, tmp_path: Path, seen: Seen) -> None:
     small, session = run(path, dtype, seen, prompts, kv_memory=8 * block)
     assert same(small)
     assert session.engine.metrics.preemptions > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_same_bits_on_shared_blocks(name: str, dtype: str, tmp_path: Path, seen: Seen) -> None:
+    path = tiny.make_model(name, tmp_path / "model", dtype=dtype)
+    draw = random.Random(7)
+    first, second = ([draw.randrange(256) for _ in range(n)] for n in (70, 96))
+    tails = [[draw.randrange(256) for _ in range(n)] for n in (1, 5, 33, 40)]
+    prompts = [prefix + tail for prefix in (first, second, first[:64] + second[:32]) for tail in tails]
+    prompts += [first[:64], [*first[:64], 1], second]
+    apart, session = run(path, dtype, seen, prompts, at_once=1, reuse=0)
+    assert session.metrics.reused_tokens == 0
+
+    config = session.config
+    itemsize = 4 if dtype == "float32" else 2
+    block = bytes_per_block(config.num_layers, config.num_kv_heads, config.head_dim, itemsize)
+    ways: list[dict[str, int]] = [{}, {"at_once": 1}, {"step_tokens": 13}, {"kv_memory": 10 * block}]
+    for way in ways:
+        shared, session = run(path, dtype, seen, prompts, **way)
+        assert shared.keys() == apart.keys()
+        assert all(torch.equal(shared[k], apart[k]) for k in apart)
+        metrics = session.metrics
+        assert metrics.prompt_tokens == sum(map(len, prompts))
+        assert metrics.reused_tokens >= 32 * 6
+        if "kv_memory" in way:
+            assert metrics.preemptions > 0
+        else:  # every token was computed or found
+            assert metrics.prefill_tokens + metrics.reused_tokens == metrics.prompt_tokens

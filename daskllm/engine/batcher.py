@@ -9,6 +9,15 @@ batch gives all of its own back and waits at the head of its priority's queue; i
 them again as a prompt. A sequence is admitted only while the blocks of its whole prompt are free beyond what
 the running ones need for their next token, so that admission does not itself cause the next preemption.
 
+A sequence starts behind the longest run of whole blocks that the pool has of its tokens, and looks again
+before each further chunk of its prompt. A block can be found from the moment that its tokens are in a step:
+steps pass through a layer one after another, and within one all keys and values are stored before any row
+attends. So rows with one prefix that come together compute it once, the first of them, in the same step;
+where one step does not hold the prefix, whoever runs next goes on with it and the others find that too.
+Nobody waits for a block, and nobody writes to one that others read: the last token of a prompt always runs,
+and a block that it shares with the whole prompt is its sequence's own. Scores and embeddings need every
+token's hidden state: they find nothing and are found.
+
 Where a model's layers are spread over several processes, several steps are under way at once. Each takes its
 share of the sequences that are in none; what a step holds, nobody touches until it has landed. So rows even
 out between steps by themselves, and one pool of blocks serves all.
@@ -63,7 +72,8 @@ class Batcher:
         pool: the blocks there are.
         max_sequences: at most so many run together.
         max_tokens: at most so many tokens in one step.
-        flights: at most so many steps under way at once.
+        flights: at most so many steps under way at once; they run in the order in which they were made.
+        reuse: whether sequences start on blocks that others computed.
 
     Example:
         >>> from daskllm.engine.sequence import Request
@@ -78,9 +88,11 @@ class Batcher:
     max_sequences: int
     max_tokens: int
     flights: int = 1
+    reuse: bool = True
     waiting: deque[SequenceState] = field(default_factory=deque)
     running: list[SequenceState] = field(default_factory=list)
     preemptions: int = 0
+    reused_tokens: int = 0
 
     def add(self, sequence: SequenceState) -> None:
         """Queue a sequence, behind all that have its priority."""
@@ -104,9 +116,10 @@ class Batcher:
         return len(gone)
 
     def clear(self) -> None:
-        """Drop everything, the steps under way included."""
+        """Drop everything, the steps under way included: what they were to compute is not there."""
         for sequence in (*self.waiting, *self.running):
             self.finish(sequence)
+        self.pool.forget()
 
     def finish(self, sequence: SequenceState) -> None:
         """Take a sequence out and free its blocks."""
@@ -128,6 +141,7 @@ class Batcher:
         shared = parent.blocks[:whole]
         self.pool.share(shared)
         child.blocks, child.computed = list(shared), parent.computed
+        child.keys = parent.keys[:whole]
         bisect.insort(self.running, child, key=_rank)
         if not rest:
             return None
@@ -147,6 +161,7 @@ class Batcher:
                 break
             if sequence not in self.running:  # preempted by one before it
                 continue
+            self._adopt(sequence, self._found(sequence))
             count = min(sequence.remaining, budget)
             if not self._make_room(sequence, count, (chunk.sequence for chunk in chunks)):
                 if blocks_for(sequence.computed + count) > self.pool.size:
@@ -155,7 +170,7 @@ class Batcher:
                 else:
                     self._preempt(sequence)
                 continue
-            chunks.append(ScheduledChunk(sequence, count))
+            chunks.append(self._chunk(sequence, count))
             budget -= count
         while budget and len(chunks) < share and self.waiting and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
@@ -166,13 +181,15 @@ class Batcher:
                 continue
             # Room for its own next token as well, unless it is alone and may never need any.
             more = blocks_for(len(sequence.tokens) + 1) - need if self.running else 0
-            if need + more > self.pool.free - self._growth():
+            found = self._found(sequence)
+            if need + more - self.pool.held(found) > self.pool.free - self._growth():
                 break
             self.waiting.popleft()
             bisect.insort(self.running, sequence, key=_rank)
+            self._adopt(sequence, found)
             # The whole prompt's blocks at once: a chunked prompt can then always be finished.
             self._grow(sequence, len(sequence.tokens))
-            chunks.append(ScheduledChunk(sequence, min(sequence.remaining, budget)))
+            chunks.append(self._chunk(sequence, min(sequence.remaining, budget)))
             budget -= chunks[-1].count
         for chunk in chunks:
             chunk.sequence.flying = True
@@ -185,6 +202,38 @@ class Batcher:
             chunk.sequence.flying = False
             if chunk.sequence.dropped:
                 self.finish(chunk.sequence)
+
+    def _found(self, sequence: SequenceState) -> list[int]:
+        """Blocks of its next tokens that the pool has, as many as leave it a token to run."""
+        found: list[int] = []
+        if not self.reuse or sequence.request.kind != "generate":
+            return found
+        for number in range(sequence.computed // BLOCK_SIZE, (len(sequence.tokens) - 1) // BLOCK_SIZE):
+            block = self.pool.find(sequence.key(number))
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def _adopt(self, sequence: SequenceState, found: list[int]) -> None:
+        """Go on behind these blocks, in the place of its own for those tokens."""
+        if not found:
+            return
+        first, own = sequence.computed // BLOCK_SIZE, sequence.blocks
+        self.pool.share(found)
+        self.pool.release(own[first : first + len(found)])
+        own[first : first + len(found)] = found
+        behind = (first + len(found)) * BLOCK_SIZE
+        self.reused_tokens += behind - sequence.computed
+        sequence.computed = behind
+
+    def _chunk(self, sequence: SequenceState, count: int) -> ScheduledChunk:
+        """Tokens to run; the blocks that they fill can be found."""
+        begin, end = sequence.computed // BLOCK_SIZE, (sequence.computed + count) // BLOCK_SIZE
+        if self.reuse:
+            for number in range(begin, end):
+                self.pool.publish(sequence.blocks[number], sequence.key(number))
+        return ScheduledChunk(sequence, count)
 
     def _growth(self) -> int:
         """Blocks that the running sequences may take for their next token."""

@@ -94,6 +94,7 @@ class Engine:
         self._copies: list[tuple[int, int]] = []
         self._under: dict[int, _Under] = {}
         self._landed: list[tuple[int, torch.Tensor | BaseException]] = []
+        self._here: dict[int, torch.Tensor] = {}
         self._departed = 0
         self._stuck = False
         self._thread: threading.Thread | None = None
@@ -202,6 +203,7 @@ class Engine:
         self._stuck = False
         for ticket in self._arrived:
             self._tickets[ticket.request] = ticket
+            self.metrics.prompt_tokens += len(ticket.request.prompt)
             self.batcher.add(SequenceState.of(ticket.request, 0))
         self._arrived.clear()
         if self._dropped:
@@ -215,6 +217,7 @@ class Engine:
             ticket.failure = error
         self.batcher.clear()
         self._under.clear()
+        self._here.clear()
         self._tickets.clear()
         self._arrived.clear()
         self._copies.clear()
@@ -222,12 +225,14 @@ class Engine:
 
     def _turn(self, landed: Sequence[tuple[int, torch.Tensor | BaseException]]) -> None:
         for number, hidden in landed:
-            under = self._under.get(number)
-            if under is None:  # of rows that have failed meanwhile
+            if number not in self._under:  # of rows that have failed meanwhile
                 continue
             if isinstance(hidden, BaseException):
                 raise hidden
-            self._finish_step(self._under.pop(number), hidden)
+            self._here[number] = hidden
+        # A step reads what those before it wrote: one that overtakes a failed step's bad news waits for them.
+        while self._under and (first := next(iter(self._under))) in self._here:
+            self._finish_step(self._under.pop(first), self._here.pop(first))
         if self._can_begin():
             self._begin_step()
         with self._changed:
@@ -363,6 +368,7 @@ class Engine:
 
     def _record(self, step: Step, decode: int, seconds: float, callers: int) -> None:
         self.metrics.preemptions = self.batcher.preemptions
+        self.metrics.reused_tokens = self.batcher.reused_tokens
         self.metrics.record(
             StepRecord(
                 time=time.monotonic(),

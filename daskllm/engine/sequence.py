@@ -16,6 +16,8 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from daskllm.engine.batch import BLOCK_SIZE
+from daskllm.engine.kvcache import block_key
 from daskllm.types import FinishReason, Pooling, SamplingParams, TokenLogprob
 
 __all__ = ["Request", "Sample", "SequenceState", "random_stream"]
@@ -89,6 +91,7 @@ class SequenceState:
         tokens: prompt and output ids.
         computed: how many of them have their keys and values in the cache.
         blocks: its block table.
+        keys: what its full blocks are found by, as far as somebody asked.
         scores, hidden: what its prompt has given so far: log-probabilities, the sum of its hidden states.
         counts: how often each id stands in the output, for the penalties.
         flying: whether a step that it is in is under way.
@@ -100,6 +103,7 @@ class SequenceState:
     tokens: list[int]
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     hidden: Vector | None = None
@@ -131,6 +135,14 @@ class SequenceState:
     def remaining(self) -> int:
         """Tokens that still have to run before the next one can be chosen."""
         return len(self.tokens) - self.computed
+
+    def key(self, number: int) -> bytes:
+        """What its block ``number`` is found by; the block's tokens must all be known."""
+        while len(self.keys) <= number:
+            start = len(self.keys) * BLOCK_SIZE
+            parent = self.keys[-1] if self.keys else b""
+            self.keys.append(block_key(parent, self.tokens[start : start + BLOCK_SIZE]))
+        return self.keys[number]
 
     def pool(self, rows: Vector) -> None:
         """Add hidden states ``[rows, hidden]`` of its prompt, in the order of its tokens."""

@@ -68,6 +68,39 @@ class Chain:
 
 
 PROMPTS = [list(range(5, 6 + i * 5 % 40)) for i in range(20)]
+ALIKE = [[*range(7, 107), *range(i, i + 20)] for i in range(12)]
+
+
+@pytest.mark.parametrize("cuts", [[2], [1, 3]])
+def test_steps_under_way_share_blocks(spec: ModelSpec, model: ResidentModel, cuts: list[int]) -> None:
+    whole, chain = Chain(spec, model, [], 200), Chain(spec, model, cuts, 200)
+    for one in (whole, chain):
+        one.engine.batcher.max_tokens = 64
+    whole.engine.batcher.reuse = False
+    try:
+        assert chain.answers(ALIKE) == whole.answers(ALIKE)
+        assert chain.engine.metrics.reused_tokens == 11 * 96
+        assert chain.engine.batcher.pool.used == 0
+    finally:
+        chain.close()
+        whole.close()
+
+
+def test_a_step_waits_for_the_bad_news_of_the_one_before(spec: ModelSpec, model: ResidentModel) -> None:
+    """It may stand on blocks that the failed one was to write."""
+    departed: list[Flight] = []
+    names = layer_names(model.config)
+    session = Session.over(spec, model, open_runner(model, names[1:], 64), 64, departed.append, 2)
+    engine, embedding = session.engine, open_runner(model, names[:1], 64)
+    tickets = engine.submit([Request(p, SamplingParams(max_tokens=1)) for p in ALIKE[:2]])
+    engine.wait_until(lambda: len(departed) == 2, 20)
+    engine.land(departed[1].number, embedding.run(departed[1].batch))
+    assert not engine.wait_until(lambda: any(t.done for t in tickets), 0.1)
+    engine.land(departed[0].number, RuntimeError("out of luck"))
+    with pytest.raises(RuntimeError, match="out of luck"):
+        engine.wait(tickets, 20)
+    assert engine.batcher.pool.used == 0
+    engine.close()
 
 
 @pytest.mark.parametrize(("cuts", "blocks"), [([1], 200), ([2], 12), ([1, 3], 200), ([1, 2, 3, 4], 12)])
