@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from daskllm import session as session_module
 from daskllm.blocks.store import STORE
 from daskllm.session import Progress, Session
 from daskllm.text.watch import TextWatcher
@@ -190,7 +191,8 @@ def test_progress_adds_up(session: Session) -> None:
     assert sum(p.prompt_tokens for p in seen) == 2 + 3
 
 
-def test_cancelled_rows_stop(session: Session) -> None:
+def test_cancelled_rows_stop(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "_POLL_SECONDS", 0.0)
     with pytest.raises(InterruptedError):
         session.generate(["a"] * 8, SamplingParams(max_tokens=240, ignore_eos=True), cancelled=lambda: True)
     assert one(session, "a", max_tokens=2, ignore_eos=True).completion_tokens == 2

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["BLOCK_SIZE", "Batch", "Chunk"]
+__all__ = ["BLOCK_SIZE", "TILE", "Batch", "Chunk"]
 
 BLOCK_SIZE = 32
 """Tokens per KV block: two SIMD registers of keys; on average half a block per sequence is unused."""
 
-_TILE = 8
+TILE = 8
+"""Rows of one chunk that read keys together, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class Batch:
             blocks = chunk.blocks
             slots.extend(blocks[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in places)
             tiles.extend(
-                (number, row + i, min(_TILE, count - i), chunk.start + i) for i in range(0, count, _TILE)
+                (number, row + i, min(TILE, count - i), chunk.start + i) for i in range(0, count, TILE)
             )
             wanted.extend(row + place for place in chunk.wanted)
         width = max(len(chunk.blocks) for chunk in chunks)

@@ -51,7 +51,8 @@ class Runner:
         first, last = layers[0], layers[-1]
         self._embedding = first if isinstance(first, Embedding) else None
         self._head = last if isinstance(last, Head) else None
-        self._layers = [layer for layer in layers if isinstance(layer, DecoderLayer)]
+        decoder = [layer for layer in layers if isinstance(layer, DecoderLayer)]
+        self._stack = kernels.stack(decoder, cache.keys, cache.values, config) if decoder else None
 
     @torch.inference_mode()
     def run(self, batch: Batch, hidden: torch.Tensor | None = None) -> torch.Tensor:
@@ -66,19 +67,12 @@ class Runner:
             The wanted rows behind the model's last norm, ``[wanted, hidden]``, where "head" is here; else the
             residual stream. Both in the type that the model computes in.
         """
-        config, kernels = self.config, self.kernels
         if hidden is None:
             hidden = self._embed(batch)
-        angles = self._angles.upto(int(batch.positions.max()) + 1)
         delta = None
-        for layer, keys, values in zip(self._layers, self.cache.keys, self.cache.values, strict=True):
-            x = self._normed(delta, hidden, layer.input_norm)
-            qkv = kernels.linear(x, layer.qkv)
-            q = kernels.rope_store(qkv, keys, values, batch, angles, layer.qk_norms, config.norm_eps)
-            mixed = kernels.attention(q, keys, values, batch, layer.window, config.attention_scale)
-            x = self._normed(kernels.linear(mixed, layer.o), hidden, layer.post_norm)
-            inner = kernels.activate(kernels.linear(x, layer.gate_up), config.activation, config.gated)
-            delta = kernels.linear(inner, layer.down)
+        if self._stack is not None:
+            angles = self._angles.upto(int(batch.positions.max()) + 1)
+            delta = self._stack(hidden, batch, angles)
         if self._head is None:
             return hidden if delta is None else hidden.add_(delta)
         rows = batch.wanted
@@ -90,9 +84,11 @@ class Runner:
     def logits(self, normed: torch.Tensor) -> torch.Tensor:
         """Float32 logits ``[rows, vocab]`` of rows that `run` gave, by the runner that has "head"."""
         assert self._head is not None, "a stage without 'head' has no logits"
+        if len(normed) <= LOGIT_ROWS:
+            return self.kernels.linear(normed, self._head.lm_head, torch.float32)
         logits = torch.empty((len(normed), self.config.vocab_size), device=normed.device)
         for part, out in zip(normed.split(LOGIT_ROWS), logits.split(LOGIT_ROWS), strict=True):
-            out.copy_(self.kernels.linear(part, self._head.lm_head))
+            out.copy_(self.kernels.linear(part, self._head.lm_head, torch.float32))
         return logits
 
     def _embed(self, batch: Batch) -> torch.Tensor:

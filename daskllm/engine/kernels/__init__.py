@@ -9,12 +9,13 @@ add_norm     residual add, then RMS or layer norm
 rope_store   q/k norm, rotary embedding, keys and values into the cache
 attention    every query row over its own sequence's blocks
 activate     the MLP's activation, gated or not
+stack        all of these over consecutive decoder layers, as one
 ===========  =================================================================
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -39,7 +40,7 @@ class Kernels(Protocol):
     PACKS: bool
 
     def pack(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None) -> Any: ...
-    def linear(self, x: torch.Tensor, weight: Any) -> torch.Tensor: ...
+    def linear(self, x: torch.Tensor, weight: Any, dtype: torch.dtype | None = None) -> torch.Tensor: ...
     def add_norm(
         self,
         delta: torch.Tensor | None,
@@ -69,6 +70,9 @@ class Kernels(Protocol):
         scale: float,
     ) -> torch.Tensor: ...
     def activate(self, x: torch.Tensor, kind: str, gated: bool) -> torch.Tensor: ...
+    def stack(
+        self, layers: Sequence[Any], keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], config: Any
+    ) -> Callable[[torch.Tensor, Batch, tuple[torch.Tensor, torch.Tensor] | None], torch.Tensor]: ...
 
 
 def select(device: str, dtype: torch.dtype) -> Kernels:

@@ -10,16 +10,19 @@ Shapes: a batch has ``rows`` tokens; a layer's cache is ``keys [blocks, kv_heads
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from daskllm.engine.batch import Batch
+from daskllm.engine.kernels.composed import Composed
 
-__all__ = ["PACKS", "Packed", "activate", "add_norm", "attention", "linear", "pack", "rope_store"]
+__all__ = ["PACKS", "Packed", "activate", "add_norm", "attention", "linear", "pack", "rope_store", "stack"]
 
 PACKS = False
 """Whether `pack` copies, so that the blocks it was given are not needed any more."""
@@ -45,11 +48,15 @@ def pack(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None)
     return Packed(tuple(weights), None if biases is None else tuple(biases))
 
 
-def linear(x: torch.Tensor, weight: Packed) -> torch.Tensor:
-    """x @ weight.T + bias of every weight, side by side: ``[rows, in] -> [rows, sum of out]``."""
+def linear(x: torch.Tensor, weight: Packed, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """x @ weight.T + bias of every weight, side by side: ``[rows, in] -> [rows, sum of out]``.
+
+    In ``x``'s type, or in float32 where ``dtype`` asks for it.
+    """
     biases = weight.biases or (None,) * len(weight.weights)
     parts = [F.linear(x, w, b) for w, b in zip(weight.weights, biases, strict=True)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    return y if dtype is None else y.to(dtype)
 
 
 def add_norm(
@@ -147,3 +154,10 @@ def activate(x: torch.Tensor, kind: str, gated: bool) -> torch.Tensor:
         return act(x.float()).to(x.dtype)
     gate, up = x.float().chunk(2, -1)
     return (act(gate) * up).to(x.dtype)
+
+
+def stack(
+    layers: Sequence[Any], keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], config: Any
+) -> Composed:
+    """Decoder layers ready to run together."""
+    return Composed(sys.modules[__name__], layers, keys, values, config)

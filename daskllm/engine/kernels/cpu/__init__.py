@@ -10,10 +10,31 @@ on its company, on how its prompt was cut into chunks, or on the number of threa
 See `daskllm.engine.kernels.reference` for what each operation computes.
 """
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from daskllm.engine.kernels.composed import Composed
 from daskllm.engine.kernels.cpu.attention import attention, rope_store
 from daskllm.engine.kernels.cpu.gemm import Packed, linear, pack
 from daskllm.engine.kernels.cpu.rows import activate, add_norm
+from daskllm.engine.kernels.cpu.stack import Stack
+
+__all__ = ["PACKS", "Packed", "activate", "add_norm", "attention", "linear", "pack", "rope_store", "stack"]
 
 PACKS = True
 
-__all__ = ["PACKS", "Packed", "activate", "add_norm", "attention", "linear", "pack", "rope_store"]
+
+def stack(
+    layers: Sequence[Any], keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], config: Any
+) -> Stack | Composed:
+    """Decoder layers ready to run together."""
+    widths = (config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size)
+    if keys[0].dtype == torch.bfloat16 and any(width % 2 for width in widths):
+        # A product reads inputs two by two, and only `linear` makes room for the last one's neighbour.
+        return Composed(sys.modules[__name__], layers, keys, values, config)
+    return Stack(layers, keys, values, config)

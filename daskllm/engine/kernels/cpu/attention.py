@@ -8,7 +8,7 @@ import numba
 import numpy as np
 import torch
 
-from daskllm.engine.batch import BLOCK_SIZE, Batch
+from daskllm.engine.batch import BLOCK_SIZE, TILE, Batch
 from daskllm.engine.kernels.cpu.rows import sum_of_squares
 from daskllm.engine.kernels.cpu.simd import (
     LANES,
@@ -31,7 +31,7 @@ from daskllm.engine.kernels.cpu.simd import (
 )
 from daskllm.engine.kernels.cpu.team import SIGNATURE, address, float_bits, run, take
 
-__all__ = ["attention", "rope_store"]
+__all__ = ["attend", "attention", "attention_scratch", "rope_row", "rope_store"]
 
 _MASKED = np.float32(-1e30)
 _ROWS = 4  # query rows that share each load of K or V: four accumulators of two registers each
@@ -57,6 +57,33 @@ def _head(source, start, weight, eps, cos, sin, angle, size, scratch):  # type: 
             scratch[half + i] = y * c + x * s
 
 
+@numba.njit
+def rope_row(  # type: ignore[no-untyped-def]
+    item, qkv, q, keys, values, positions, slots, cos, sin, q_norm, k_norm, eps,
+    heads, kv_heads, size, padded, scratch
+):  # fmt: skip
+    """One row's heads: normed, turned, and its keys and values written to their slot."""
+    width = (heads + 2 * kv_heads) * size
+    angle = positions[item] * (size // 2)
+    for h in range(heads):
+        _head(qkv, item * width + h * size, q_norm, eps, cos, sin, angle, size, scratch)
+        for i in range(size):
+            store(q, (item * heads + h) * size + i, scratch[i])
+    block, offset = slots[item] // BLOCK_SIZE, slots[item] % BLOCK_SIZE
+    for h in range(kv_heads):
+        start = item * width + (heads + h) * size
+        _head(qkv, start, k_norm, eps, cos, sin, angle, size, scratch)
+        base = (block * kv_heads + h) * size * BLOCK_SIZE + offset
+        for i in range(size):
+            store(keys, base + i * BLOCK_SIZE, scratch[i])
+        start += kv_heads * size
+        base = ((block * kv_heads + h) * BLOCK_SIZE + offset) * padded
+        for i in range(size):
+            values[base + i] = qkv[start + i]
+        for i in range(size, padded):
+            values[base + i] = 0
+
+
 @numba.njit(inline="always")
 def _rope_loop(pointer, dtype):  # type: ignore[no-untyped-def]
     a = numba.carray(pointer, (20,), np.int64)
@@ -72,30 +99,15 @@ def _rope_loop(pointer, dtype):  # type: ignore[no-untyped-def]
     sin = array(a[9], a[18] * half if a[9] else 0, np.float32)
     q_norm = array(a[10], size if a[10] else 0, dtype)
     k_norm = array(a[11], size if a[11] else 0, dtype)
-    eps = as_float(a[12])
     scratch = np.empty(size, np.float32)
     while True:
         item = take(a, 0)
         if item >= rows:
             break
-        angle = positions[item] * half
-        for h in range(heads):
-            _head(qkv, item * width + h * size, q_norm, eps, cos, sin, angle, size, scratch)
-            for i in range(size):
-                store(q, (item * heads + h) * size + i, scratch[i])
-        block, offset = slots[item] // BLOCK_SIZE, slots[item] % BLOCK_SIZE
-        for h in range(kv_heads):
-            start = item * width + (heads + h) * size
-            _head(qkv, start, k_norm, eps, cos, sin, angle, size, scratch)
-            base = (block * kv_heads + h) * size * BLOCK_SIZE + offset
-            for i in range(size):
-                store(keys, base + i * BLOCK_SIZE, scratch[i])
-            start += kv_heads * size
-            base = ((block * kv_heads + h) * BLOCK_SIZE + offset) * padded
-            for i in range(size):
-                values[base + i] = qkv[start + i]
-            for i in range(size, padded):
-                values[base + i] = 0
+        rope_row(
+            item, qkv, q, keys, values, positions, slots, cos, sin, q_norm, k_norm, as_float(a[12]),
+            heads, kv_heads, size, padded, scratch,
+        )  # fmt: skip
 
 
 @numba.cfunc(SIGNATURE, cache=True)
@@ -218,23 +230,40 @@ def _weigh(weights, values, base, out, alphas, rows, keys, padded):  # type: ign
 
 
 @numba.njit
-def _attend(item, q, keys, values, out, tables, tiles, heads, kv_heads, size, padded, width, window, scale):  # type: ignore[no-untyped-def]
+def attention_scratch(group, size, padded):  # type: ignore[no-untyped-def]
+    """Room for one thread's `attend`: queries, scores, sums of values, peaks, sums of weights, shrinkages."""
+    room = (TILE * group + _ROWS - 1) // _ROWS * _ROWS
+    return (
+        np.empty(room * size, np.float32),
+        np.empty(room * BLOCK_SIZE, np.float32),
+        np.empty(room * padded, np.float32),
+        np.empty(room, np.float32),
+        np.empty(room * LANES, np.float32),
+        np.empty(room * LANES, np.float32),
+    )
+
+
+@numba.njit
+def attend(  # type: ignore[no-untyped-def]
+    item, q, keys, values, out, tables, tiles, heads, kv_heads, size, padded, width, window, scale, scratch
+):  # fmt: skip
     """One tile of query positions of one sequence, for one key-value head and its group of query heads."""
     tile, head = item // kv_heads * 4, item % kv_heads
     table, token, count, position = tiles[tile] * width, tiles[tile + 1], tiles[tile + 2], tiles[tile + 3]
     group = heads // kv_heads
     rows = count * group
     room = (rows + _ROWS - 1) // _ROWS * _ROWS
-    queries = np.zeros(room * size, np.float32)
+    queries, scores, mixed, peaks, sums, alphas = scratch
+    queries[: room * size] = 0
+    scores[: room * BLOCK_SIZE] = 0
+    mixed[: room * padded] = 0
+    peaks[:room] = _MASKED
+    sums[: room * LANES] = 0
+    alphas[: room * LANES] = 0
     for r in range(rows):
         start = ((token + r // group) * heads + head * group + r % group) * size
         for i in range(size):
             queries[r * size + i] = load(q, start + i) * scale
-    scores = np.zeros(room * BLOCK_SIZE, np.float32)
-    mixed = np.zeros(room * padded, np.float32)
-    peaks = np.full(room, _MASKED, np.float32)
-    sums = np.zeros(room * LANES, np.float32)
-    alphas = np.zeros(room * LANES, np.float32)
     end = position + count
     begin = max(0, position - window + 1) if window else 0
     for j in range(begin // BLOCK_SIZE, (end + BLOCK_SIZE - 1) // BLOCK_SIZE):
@@ -266,26 +295,15 @@ def _attention_loop(pointer, dtype):  # type: ignore[no-untyped-def]
     out = array(a[5], a[15] * heads * size, dtype)
     tables = array(a[6], sequences * width, np.int64)
     tiles = array(a[7], items // kv_heads * 4, np.int64)
+    scratch = attention_scratch(heads // kv_heads, size, padded)
     while True:
         item = take(a, 0)
         if item >= items:
             break
-        _attend(
-            item,
-            q,
-            keys,
-            values,
-            out,
-            tables,
-            tiles,
-            heads,
-            kv_heads,
-            size,
-            padded,
-            width,
-            a[16],
-            as_float(a[17]),
-        )
+        attend(
+            item, q, keys, values, out, tables, tiles, heads, kv_heads, size, padded, width,
+            a[16], as_float(a[17]), scratch,
+        )  # fmt: skip
 
 
 @numba.cfunc(SIGNATURE, cache=True)

@@ -28,9 +28,9 @@ from daskllm.engine.kernels.cpu.simd import (
 )
 from daskllm.engine.kernels.cpu.team import SIGNATURE, address, float_bits, run, take
 
-__all__ = ["activate", "add_norm", "sum_of_squares"]
+__all__ = ["ACTIVATIONS", "activate", "activate_row", "add_norm", "norm_row", "sum_of_squares"]
 
-_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 
 
 @numba.njit
@@ -62,7 +62,8 @@ def _sum(row, start, size):  # type: ignore[no-untyped-def]
 
 
 @numba.njit
-def _norm_row(item, delta, residual, out, weight, bias, size, eps, layer_norm):  # type: ignore[no-untyped-def]
+def norm_row(item, delta, residual, out, weight, bias, size, eps, layer_norm):  # type: ignore[no-untyped-def]
+    """One row of `add_norm`."""
     start = item * size
     if delta.size:
         for i in range(size):
@@ -92,7 +93,7 @@ def _norm_loop(pointer, dtype):  # type: ignore[no-untyped-def]
         item = take(a, 0)
         if item >= rows:
             break
-        _norm_row(item, delta, residual, out, weight, bias, size, as_float(a[8]), a[9] != 0)
+        norm_row(item, delta, residual, out, weight, bias, size, as_float(a[8]), a[9] != 0)
 
 
 @numba.cfunc(SIGNATURE, cache=True)
@@ -171,12 +172,13 @@ def _apply(x, kind):  # type: ignore[no-untyped-def]
 
 
 @numba.njit
-def _activate_row(source, start, up, out, at, size, kind, scratch):  # type: ignore[no-untyped-def]
+def activate_row(source, start, up, out, at, size, kind, scratch):  # type: ignore[no-untyped-def]
+    """``out[at :] = act(source[start :])``, ``size`` numbers, times what is ``up`` further on if not 0."""
     whole = size // LANES * LANES
     for i in range(0, whole, LANES):
         y = _apply(vload(source, start + i), kind)
         if up:
-            y = vmul(y, vload(source, start + size + i))
+            y = vmul(y, vload(source, start + up + i))
         vstore(out, at + i, y)
     if whole < size:
         for i in range(size - whole):
@@ -185,7 +187,7 @@ def _activate_row(source, start, up, out, at, size, kind, scratch):  # type: ign
         for i in range(size - whole):
             y1 = scratch[i]
             if up:
-                y1 *= load(source, start + size + whole + i)
+                y1 *= load(source, start + up + whole + i)
             store(out, at + whole + i, y1)
 
 
@@ -200,7 +202,7 @@ def _activate_loop(pointer, dtype):  # type: ignore[no-untyped-def]
         item = take(a, 0)
         if item >= rows:
             break
-        _activate_row(source, item * width, gated != 0, out, item * size, size, a[5], scratch)
+        activate_row(source, item * width, gated * size, out, item * size, size, a[5], scratch)
 
 
 @numba.cfunc(SIGNATURE, cache=True)
@@ -218,5 +220,5 @@ def activate(x: torch.Tensor, kind: str, gated: bool) -> torch.Tensor:
     size = x.shape[1] // 2 if gated else x.shape[1]
     out = torch.empty((x.shape[0], size), dtype=x.dtype)
     compiled = _activate_f32 if x.dtype == torch.float32 else _activate_bf16
-    run(compiled, x.shape[0], x.data_ptr(), out.data_ptr(), size, _ACTIVATIONS[kind], int(gated))
+    run(compiled, x.shape[0], x.data_ptr(), out.data_ptr(), size, ACTIVATIONS[kind], int(gated))
     return out

@@ -29,9 +29,11 @@ __all__ = [
     "SIGNATURE",
     "YIELD",
     "address",
+    "begin",
     "float_bits",
     "meet",
     "run",
+    "start",
     "take",
     "team_size",
 ]
@@ -110,6 +112,12 @@ def _call(typingctx, address):  # type: ignore[no-untyped-def]
 def team_size(function):  # type: ignore[no-untyped-def]
     """How many threads run this kernel; OpenMP may grant fewer than were asked for."""
     return _call(function) if function else 1
+
+
+@numba.njit
+def begin(clock):  # type: ignore[no-untyped-def]
+    """Start the clock that `meet` reads. Every thread may call it."""
+    clock[0] = _cycles()
 
 
 @numba.njit

@@ -1,0 +1,324 @@
+"""All decoder layers of a step in one call: this room's operations, one after the other, by one team.
+
+A step of a small model is some 250 operations of some 50 µs. Called one by one, each is prepared in Python
+and wakes the threads again, which costs as much as the work; here the threads go through all of them and
+only wait for each other in between. The numbers are those of the operations called one by one, to the bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+
+from daskllm.engine.batch import BLOCK_SIZE, Batch
+from daskllm.engine.kernels.cpu.attention import attend, attention_scratch, rope_row
+from daskllm.engine.kernels.cpu.gemm import COLUMNS, ROWS, Packed, product, tile
+from daskllm.engine.kernels.cpu.rows import ACTIVATIONS, activate_row, norm_row
+from daskllm.engine.kernels.cpu.simd import LANES, array, as_float
+from daskllm.engine.kernels.cpu.team import (
+    LINE,
+    SIGNATURE,
+    TEAM_SIZE,
+    YIELD,
+    address,
+    begin,
+    float_bits,
+    meet,
+    start,
+    take,
+    team_size,
+)
+
+__all__ = ["Stack"]
+
+PHASES = ("norm", "qkv", "rope", "attention", "o", "norm", "mlp", "down")
+"""What the team does in each layer, in order."""
+
+# Fields of a step's arguments. What ends in _AT is an address.
+(
+    TEAM_AT, TABLE_AT, COUNTERS_AT, CLOCK_AT, TIMES_AT, LAYERS, ROWS_, TILES, CHUNKS,
+    RESIDUAL_AT, NORMED_AT, QKV_AT, Q_AT, MIXED_AT, INNER_AT, DELTA_AT,
+    POSITIONS_AT, SLOTS_AT, TABLES_AT, TILES_AT, WIDTH, COS_AT, SIN_AT, ANGLES,
+    HIDDEN, HEADS, KV_HEADS, SIZE, PADDED, INNER, BLOCKS, EPS, SCALE, LAYER_NORM, ACTIVATION, GATED, YIELD_AT,
+    FIELDS,
+) = range(38)  # fmt: skip
+
+# Fields of a layer in the table. A product has four: panels, bias, places, number of panels.
+(
+    INPUT_NORM, INPUT_BIAS, QKV, QKV_1, QKV_2, QKV_3, Q_NORM, K_NORM, KEYS, VALUES, WINDOW,
+    OUT, OUT_1, OUT_2, OUT_3, POST_NORM, POST_BIAS, MLP, MLP_1, MLP_2, MLP_3, DOWN, DOWN_1, DOWN_2, DOWN_3,
+    LAYER_FIELDS,
+) = range(26)  # fmt: skip
+
+_CHUNK = 96
+"""Rows that a product takes at a time: few enough to stay in a core's cache while all panels pass."""
+
+
+@numba.njit
+def _norm(a, phase, counters, delta_at, weight_at, bias_at, dtype):  # type: ignore[no-untyped-def]
+    rows, size = a[ROWS_], a[HIDDEN]
+    residual, out = array(a[RESIDUAL_AT], rows * size, dtype), array(a[NORMED_AT], rows * size, dtype)
+    delta = array(delta_at, rows * size if delta_at else 0, dtype)
+    weight, bias = array(weight_at, size, dtype), array(bias_at, size if bias_at else 0, dtype)
+    while True:
+        row = take(counters, phase * LINE)
+        if row >= rows:
+            break
+        norm_row(row, delta, residual, out, weight, bias, size, as_float(a[EPS]), a[LAYER_NORM] != 0)
+
+
+@numba.njit
+def _product(a, phase, counters, table, at, x_at, x_size, y_at, y_size, spare, dtype):  # type: ignore[no-untyped-def]
+    rows, panels = a[ROWS_], table[at + 3]
+    x, y = array(x_at, rows * x_size, dtype), array(y_at, rows * y_size, dtype)
+    words = x_size * x.itemsize // 4
+    w = array(table[at], panels * COLUMNS * x_size, dtype)
+    bias, places = (
+        array(table[at + 1], panels * COLUMNS, np.float32),
+        array(table[at + 2], 2 * panels, np.int64),
+    )
+    while True:
+        item = take(counters, phase * LINE)
+        if item >= panels * a[CHUNKS]:
+            break
+        first = item // panels * rows // a[CHUNKS]
+        last = (item // panels + 1) * rows // a[CHUNKS]
+        part, into = x[first * x_size : last * x_size], y[first * y_size : last * y_size]
+        product(item % panels, last - first, part, x_size, w, bias, places, words, into, y_size, spare)
+
+
+@numba.njit
+def _mlp(a, phase, counters, table, at, spare, scratch, dtype):  # type: ignore[no-untyped-def]
+    """Gate and up, panel by panel, and their activation while they are in the cache."""
+    rows, size, panels, gated = a[ROWS_], a[HIDDEN], table[at + 3], a[GATED]
+    x, y = array(a[NORMED_AT], rows * size, dtype), array(a[INNER_AT], rows * a[INNER], dtype)
+    words = size * x.itemsize // 4
+    w = array(table[at], panels * COLUMNS * size, dtype)
+    bias, places = (
+        array(table[at + 1], panels * COLUMNS, np.float32),
+        array(table[at + 2], 2 * panels, np.int64),
+    )
+    each = panels // (1 + gated)
+    while True:
+        item = take(counters, phase * LINE)
+        if item >= each * a[CHUNKS]:
+            break
+        row, last = item // each * rows // a[CHUNKS], (item // each + 1) * rows // a[CHUNKS]
+        panel = item % each
+        tiles = (last - row + ROWS - 1) // ROWS
+        for i in range(tiles):
+            many = (last - row + tiles - i - 1) // (tiles - i)
+            for half in range(1 + gated):
+                p = panel + half * each
+                tile(many, x, row * size, size, w, p * size * COLUMNS, bias, p * COLUMNS, words,
+                     spare, half * COLUMNS, 2 * COLUMNS)  # fmt: skip
+            for r in range(many):
+                to = (row + r) * a[INNER] + places[2 * panel]
+                from_ = r * 2 * COLUMNS
+                activate_row(
+                    spare, from_, gated * COLUMNS, y, to, places[2 * panel + 1], a[ACTIVATION], scratch
+                )
+            row += many
+
+
+@numba.njit
+def _rope(a, phase, counters, table, layer, scratch, dtype):  # type: ignore[no-untyped-def]
+    rows, heads, kv_heads, size, padded = a[ROWS_], a[HEADS], a[KV_HEADS], a[SIZE], a[PADDED]
+    qkv = array(a[QKV_AT], rows * (heads + 2 * kv_heads) * size, dtype)
+    q = array(a[Q_AT], rows * heads * size, dtype)
+    keys, values = _cache(a, table, layer, dtype)
+    positions, slots = array(a[POSITIONS_AT], rows, np.int64), array(a[SLOTS_AT], rows, np.int64)
+    angles = a[ANGLES] * (size // 2)
+    cos, sin = array(a[COS_AT], angles, np.float32), array(a[SIN_AT], angles, np.float32)
+    q_norm = array(table[layer + Q_NORM], size if table[layer + Q_NORM] else 0, dtype)
+    k_norm = array(table[layer + K_NORM], size if table[layer + K_NORM] else 0, dtype)
+    while True:
+        row = take(counters, phase * LINE)
+        if row >= rows:
+            break
+        rope_row(
+            row, qkv, q, keys, values, positions, slots, cos, sin, q_norm, k_norm, as_float(a[EPS]),
+            heads, kv_heads, size, padded, scratch,
+        )  # fmt: skip
+
+
+@numba.njit
+def _attention(a, phase, counters, table, layer, scratch, dtype):  # type: ignore[no-untyped-def]
+    rows, heads, kv_heads, size, padded = a[ROWS_], a[HEADS], a[KV_HEADS], a[SIZE], a[PADDED]
+    q, out = array(a[Q_AT], rows * heads * size, dtype), array(a[MIXED_AT], rows * heads * size, dtype)
+    keys, values = _cache(a, table, layer, dtype)
+    # No tensor of a step is longer than its rows times its widest block table.
+    tables, tiles = array(a[TABLES_AT], rows * a[WIDTH], np.int64), array(a[TILES_AT], 4 * a[TILES], np.int64)
+    while True:
+        item = take(counters, phase * LINE)
+        if item >= a[TILES] * kv_heads:
+            break
+        attend(
+            item, q, keys, values, out, tables, tiles, heads, kv_heads, size, padded, a[WIDTH],
+            table[layer + WINDOW], as_float(a[SCALE]), scratch,
+        )  # fmt: skip
+
+
+@numba.njit
+def _cache(a, table, layer, dtype):  # type: ignore[no-untyped-def]
+    tokens = a[BLOCKS] * a[KV_HEADS] * BLOCK_SIZE
+    return array(table[layer + KEYS], tokens * a[SIZE], dtype), array(
+        table[layer + VALUES], tokens * a[PADDED], dtype
+    )
+
+
+@numba.njit(inline="always")
+def _stack_loop(pointer, dtype):  # type: ignore[no-untyped-def]
+    a = numba.carray(pointer, (FIELDS,), np.int64)
+    counters = array(a[COUNTERS_AT], a[LAYERS] * len(PHASES) * LINE, np.int64)
+    clock, times = array(a[CLOCK_AT], 1, np.int64), array(a[TIMES_AT], len(PHASES), np.int64)
+    table = array(a[TABLE_AT], a[LAYERS] * LAYER_FIELDS, np.int64)
+    team = team_size(a[TEAM_AT])
+    begin(clock)
+    heads, kv_heads, size = a[HEADS], a[KV_HEADS], a[SIZE]
+    spare = np.empty(2 * ROWS * COLUMNS, dtype)
+    lanes = np.zeros(max(size, LANES), np.float32)
+    scratch = attention_scratch(heads // kv_heads, size, a[PADDED])
+    hidden, give_way = a[HIDDEN], a[YIELD_AT]
+    for layer in range(a[LAYERS]):
+        at, phase = layer * LAYER_FIELDS, layer * len(PHASES)
+        delta = a[DELTA_AT] if layer else 0
+        _norm(a, phase, counters, delta, table[at + INPUT_NORM], table[at + INPUT_BIAS], dtype)
+        meet(counters, phase, team, give_way, clock, times, 0)
+        width = (heads + 2 * kv_heads) * size
+        _product(
+            a, phase + 1, counters, table, at + QKV, a[NORMED_AT], hidden, a[QKV_AT], width, spare, dtype
+        )
+        meet(counters, phase + 1, team, give_way, clock, times, 1)
+        _rope(a, phase + 2, counters, table, at, lanes, dtype)
+        meet(counters, phase + 2, team, give_way, clock, times, 2)
+        _attention(a, phase + 3, counters, table, at, scratch, dtype)
+        meet(counters, phase + 3, team, give_way, clock, times, 3)
+        x, y, width = a[MIXED_AT], a[DELTA_AT], heads * size
+        _product(a, phase + 4, counters, table, at + OUT, x, width, y, hidden, spare, dtype)
+        meet(counters, phase + 4, team, give_way, clock, times, 4)
+        _norm(a, phase + 5, counters, y, table[at + POST_NORM], table[at + POST_BIAS], dtype)
+        meet(counters, phase + 5, team, give_way, clock, times, 5)
+        _mlp(a, phase + 6, counters, table, at + MLP, spare, lanes, dtype)
+        meet(counters, phase + 6, team, give_way, clock, times, 6)
+        _product(a, phase + 7, counters, table, at + DOWN, a[INNER_AT], a[INNER], y, hidden, spare, dtype)
+        meet(counters, phase + 7, team, give_way, clock, times, 7)
+
+
+@numba.cfunc(SIGNATURE, cache=True)
+def _stack_f32(pointer):  # type: ignore[no-untyped-def]
+    _stack_loop(pointer, np.float32)
+
+
+@numba.cfunc(SIGNATURE, cache=True)
+def _stack_bf16(pointer):  # type: ignore[no-untyped-def]
+    _stack_loop(pointer, np.uint16)
+
+
+class Stack:
+    """As `daskllm.engine.kernels.composed.Composed`.
+
+    Attributes:
+        seconds: spent in each of `PHASES` so far.
+    """
+
+    def __init__(
+        self, layers: Sequence[Any], keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], config: Any
+    ) -> None:
+        self.seconds = np.zeros(len(PHASES))
+        self._cycles, self._clock = np.zeros(len(PHASES), np.int64), np.zeros(1, np.int64)
+        self._layers, self._cache = list(layers), (list(keys), list(values))  # what the table points to
+        rows = [_fields(*each) for each in zip(layers, keys, values, strict=True)]
+        self._table = np.array(rows, np.int64).reshape(-1)
+        self._config, self._dtype = config, keys[0].dtype
+        self._counters = np.zeros(len(layers) * len(PHASES) * LINE, np.int64)
+        self._room: dict[str, torch.Tensor] = {}
+
+    def __call__(
+        self, hidden: torch.Tensor, batch: Batch, angles: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> torch.Tensor:
+        config, rows = self._config, hidden.shape[0]
+        keys, values = self._cache[0][0], self._cache[1][0]
+        room = self._buffers(rows)
+        self._counters[:] = self._cycles[:] = self._clock[:] = 0
+        cos, sin = angles or (None, None)
+        a = np.zeros(FIELDS, np.int64)
+        a[[TEAM_AT, YIELD_AT, TABLE_AT, COUNTERS_AT, CLOCK_AT, TIMES_AT]] = (
+            TEAM_SIZE,
+            YIELD,
+            *(one.ctypes.data for one in (self._table, self._counters, self._clock, self._cycles)),
+        )
+        a[[LAYERS, ROWS_, TILES, CHUNKS]] = len(self._layers), rows, len(batch.tiles), -(-rows // _CHUNK)
+        a[RESIDUAL_AT] = hidden.data_ptr()
+        a[NORMED_AT : DELTA_AT + 1] = [one.data_ptr() for one in room.values()]
+        a[[POSITIONS_AT, SLOTS_AT, TABLES_AT, TILES_AT]] = [
+            one.data_ptr() for one in (batch.positions, batch.slots, batch.tables, batch.tiles)
+        ]
+        a[[WIDTH, COS_AT, SIN_AT]] = batch.tables.shape[1], address(cos), address(sin)
+        a[ANGLES] = 0 if cos is None else len(cos)
+        a[[HIDDEN, HEADS, KV_HEADS]] = config.hidden_size, config.num_heads, config.num_kv_heads
+        a[[SIZE, PADDED, INNER, BLOCKS]] = (
+            config.head_dim,
+            values.shape[3],
+            config.intermediate_size,
+            keys.shape[0],
+        )
+        a[[EPS, SCALE]] = float_bits(config.norm_eps), float_bits(config.attention_scale)
+        a[[LAYER_NORM, ACTIVATION, GATED]] = (
+            config.norm == "layer",
+            ACTIVATIONS[config.activation],
+            config.gated,
+        )
+        compiled = _stack_f32 if self._dtype == torch.float32 else _stack_bf16
+        began = time.perf_counter()
+        start(compiled, a, torch.get_num_threads())
+        self.seconds += self._cycles * ((time.perf_counter() - began) / self._cycles.sum())
+        return room["delta"][:rows]
+
+    def _buffers(self, rows: int) -> dict[str, torch.Tensor]:
+        """What lies between the operations, for so many rows; kept, since fresh memory costs page faults."""
+        if not self._room or len(self._room["delta"]) < rows:
+            config = self._config
+            heads = config.num_heads * config.head_dim
+            widths = {
+                "normed": config.hidden_size,
+                "qkv": heads + 2 * config.num_kv_heads * config.head_dim,
+                "q": heads,
+                "mixed": heads,
+                "inner": config.intermediate_size,
+                "delta": config.hidden_size,
+            }
+            self._room = {
+                name: torch.empty((rows, width), dtype=self._dtype) for name, width in widths.items()
+            }
+        return self._room
+
+
+def _fields(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> list[int]:
+    """A layer's row of the table."""
+    norms = layer.qk_norms or (None, None)
+    return [
+        *_norm_fields(layer.input_norm),
+        *_packed_fields(layer.qkv),
+        *map(address, norms),
+        keys.data_ptr(),
+        values.data_ptr(),
+        layer.window or 0,
+        *_packed_fields(layer.o),
+        *_norm_fields(layer.post_norm),
+        *_packed_fields(layer.gate_up),
+        *_packed_fields(layer.down),
+    ]
+
+
+def _norm_fields(norm: Any) -> list[int]:
+    return [norm.weight.data_ptr(), address(norm.bias)]
+
+
+def _packed_fields(weight: Packed) -> list[int]:
+    return [weight.panels.data_ptr(), weight.bias.data_ptr(), weight.places.data_ptr(), len(weight.places)]

@@ -1,0 +1,87 @@
+"""A model's layers in one call against the same layers one operation at a time: equal to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from daskllm.engine.batch import Batch, Chunk
+from daskllm.engine.kernels import cpu
+from daskllm.engine.kernels.composed import Composed
+from daskllm.engine.kernels.cpu.stack import PHASES, Stack
+from daskllm.engine.kvcache import KVCache
+from daskllm.engine.layers import ResidentModel
+from daskllm.models import layer_names
+from daskllm.types import ModelSpec
+from tests import tiny
+
+CHUNKS = (
+    Chunk(list(range(150)), 0, [3, 9, 1, 4, 0]),
+    Chunk([5], 40, [7, 2]),
+    Chunk([6, 7, 8], 30, [5, 6, 8]),
+)
+
+
+def opened(path: Path, dtype: str) -> ResidentModel:
+    return ResidentModel.open(ModelSpec(path=str(path), dtype=dtype, device="cpu"))
+
+
+def cache(model: ResidentModel, layers: Sequence[object]) -> KVCache:
+    """Ten blocks for each layer, with something in them."""
+    config = model.config
+    made = KVCache(10, len(layers), config.num_kv_heads, config.head_dim, model.torch_dtype, "cpu")
+    torch.manual_seed(1)
+    for tensor in (*made.keys, *made.values):
+        tensor.copy_(torch.randn(tensor.shape))
+    return made
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", sorted(tiny.CONFIGS))
+@pytest.mark.parametrize("threads", [1, 2])
+def test_one_call_is_the_operations_in_turn(name: str, dtype: str, threads: int, tmp_path: Path) -> None:
+    model = opened(tiny.make_model(name, tmp_path), dtype)
+    layers = [model.layer(one) for one in layer_names(model.config) if one.startswith("layers.")]
+    found = []
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for kind in (Composed, Stack):
+            held = cache(model, layers)
+            both = (layers, held.keys, held.values, model.config)
+            run = Composed(cpu, *both) if kind is Composed else cpu.stack(*both)
+            results = []
+            for chunks in (CHUNKS, CHUNKS[1:]):  # the second finds the room that the first made
+                batch = Batch.of(chunks)
+                torch.manual_seed(2)
+                hidden = torch.randn(len(batch.tokens), model.config.hidden_size).to(model.torch_dtype)
+                delta = run(hidden, batch, model.angles.upto(200))
+                results += [hidden, delta.clone()]
+            found.append([*results, *held.keys, *held.values])
+    finally:
+        torch.set_num_threads(before)
+        model.close()
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_seconds_are_told_by_phase(tmp_path: Path) -> None:
+    model = opened(tiny.make_model("llama-gqa", tmp_path), "bfloat16")
+    layers = [model.layer("layers.0"), model.layer("layers.1")]
+    held = cache(model, layers)
+    run = cpu.stack(layers, held.keys, held.values, model.config)
+    assert isinstance(run, Stack)
+    run(torch.zeros(154, 64, dtype=torch.bfloat16), Batch.of(CHUNKS), model.angles.upto(200))
+    assert len(run.seconds) == len(PHASES)
+    assert (run.seconds > 0).all()
+    model.close()
+
+
+def test_an_odd_width_goes_one_operation_at_a_time() -> None:
+    sizes = {"num_heads": 1, "head_dim": 44, "intermediate_size": 70}
+    keys = [torch.zeros(1, dtype=torch.bfloat16)]
+    run = cpu.stack([None], keys, keys, SimpleNamespace(hidden_size=45, **sizes))
+    assert isinstance(run, Composed)
