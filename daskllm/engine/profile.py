@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 
 from daskllm.engine.batch import Batch
 from daskllm.engine.engine import Engine
+from daskllm.engine.kernels.composed import Composed
 
 __all__ = ["NOT_KERNELS", "PARTS", "Phase", "Profile", "Rates", "Work"]
 
@@ -33,6 +34,7 @@ PARTS = (
 )  # fmt: skip
 """The parts of a step. "python" is what no other part covers; "counting" is the profile's own."""
 NOT_KERNELS = (SCHEDULING, PYTHON)
+_PARTS_OF = {"norm": NORM, "rope": ROPE, "attention": ATTENTION}  # of a stack's phases; the others are linear
 _IDLE = "idle"
 
 
@@ -139,6 +141,10 @@ class Profile:
         self._costs = _Costs()
         over: Any = engine  # what is put in the place of its parts has their methods, not their types
         over.runner.kernels = _Timed(runner.kernels, self._kernel)
+        if isinstance(runner.stack, Composed):
+            runner.stack.operations = _Timed(runner.stack.operations, self._kernel)
+        elif runner.stack is not None:
+            over.runner.stack = self._stacked(runner.stack)
         over.runner.logits = self._timed(runner.logits, EDGES, _logits_cost)
         over.runner._embed = self._timed(runner._embed, EDGES, _embed_cost)
         over.batcher = _Timed(engine.batcher, self._scheduling)
@@ -226,6 +232,24 @@ class Profile:
         part, cost = self._costs.kernels.get(name, (OTHER, None))
         return self._timed(function, part, cost)
 
+    def _stacked(self, stack: Any) -> Callable[..., torch.Tensor]:
+        """The layers in one call, which tells itself how long each operation took."""
+
+        def call(hidden: torch.Tensor, batch: Batch, angles: Any) -> torch.Tensor:
+            self._charge(self._now)
+            before = stack.seconds.copy()
+            delta: torch.Tensor = stack(hidden, batch, angles)
+            for phase, seconds in zip(stack.phases, stack.seconds - before, strict=True):
+                self._parts[_PARTS_OF.get(phase, LINEAR)].seconds += seconds
+                self._last += seconds
+            self._charge(self._now)
+            for part, work in self._costs.stack(stack.layers, hidden, batch):
+                self._parts[part].add(work)
+            self._charge(COUNTING)
+            return delta
+
+        return call
+
     def _scheduling(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         return self._timed(function, SCHEDULING)
 
@@ -277,11 +301,29 @@ class _Costs:
         self._batch: Batch | None = None
         self._spans: dict[int | None, tuple[int, int]] = {}
 
-    def _linear(self, y: torch.Tensor, x: torch.Tensor, weight: Any) -> Work:
+    def _linear(self, y: torch.Tensor, x: torch.Tensor, weight: Any, *_: Any) -> Work:
+        operations = 2 * x.shape[0] * x.shape[1] * y.shape[1]
+        return Work(0.0, operations, self._nbytes(weight) + x.nbytes + y.nbytes)
+
+    def _nbytes(self, weight: Any) -> int:
         if id(weight) not in self._weights:
             self._weights[id(weight)] = _nbytes(weight)
-        operations = 2 * x.shape[0] * x.shape[1] * y.shape[1]
-        return Work(0.0, operations, self._weights[id(weight)] + x.nbytes + y.nbytes)
+        return self._weights[id(weight)]
+
+    def stack(
+        self, layers: Sequence[tuple[Any, torch.Tensor, torch.Tensor]], hidden: torch.Tensor, batch: Batch
+    ) -> Iterator[tuple[str, Work]]:
+        """The parts of layers in one call; the activation is done inside of a product."""
+        rows, (norm, size) = len(hidden), (2 * hidden.nbytes, hidden.element_size())
+        for layer, keys, values in layers:
+            for weight in (layer.qkv, layer.o, layer.gate_up, layer.down):
+                moved = self._nbytes(weight) + rows * (weight.inputs + weight.outputs) * size
+                yield LINEAR, Work(0.0, 2 * rows * weight.inputs * weight.outputs, moved)
+            yield NORM, Work(0.0, 10 * hidden.numel(), 4 * norm)
+            qkv = rows * layer.qkv.outputs
+            yield ROPE, Work(0.0, 3 * qkv, 2 * qkv * size)
+            q = hidden.new_empty((rows, layer.o.inputs), device="meta")
+            yield ATTENTION, self._attention(q, q, keys, values, batch, layer.window, 1.0)
 
     def _attention(
         self,

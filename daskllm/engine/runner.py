@@ -52,7 +52,7 @@ class Runner:
         self._embedding = first if isinstance(first, Embedding) else None
         self._head = last if isinstance(last, Head) else None
         decoder = [layer for layer in layers if isinstance(layer, DecoderLayer)]
-        self._stack = kernels.stack(decoder, cache.keys, cache.values, config) if decoder else None
+        self.stack = kernels.stack(decoder, cache.keys, cache.values, config) if decoder else None
 
     @torch.inference_mode()
     def run(self, batch: Batch, hidden: torch.Tensor | None = None) -> torch.Tensor:
@@ -70,9 +70,9 @@ class Runner:
         if hidden is None:
             hidden = self._embed(batch)
         delta = None
-        if self._stack is not None:
+        if self.stack is not None:
             angles = self._angles.upto(int(batch.positions.max()) + 1)
-            delta = self._stack(hidden, batch, angles)
+            delta = self.stack(hidden, batch, angles)
         if self._head is None:
             return hidden if delta is None else hidden.add_(delta)
         rows = batch.wanted

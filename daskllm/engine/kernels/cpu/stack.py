@@ -224,16 +224,20 @@ class Stack:
     """As `daskllm.engine.kernels.composed.Composed`.
 
     Attributes:
-        seconds: spent in each of `PHASES` so far.
+        phases: what is done in each layer, in order.
+        seconds: spent in each phase so far.
+        layers: each layer with its keys and values.
     """
+
+    phases = PHASES
 
     def __init__(
         self, layers: Sequence[Any], keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], config: Any
     ) -> None:
         self.seconds = np.zeros(len(PHASES))
         self._cycles, self._clock = np.zeros(len(PHASES), np.int64), np.zeros(1, np.int64)
-        self._layers, self._cache = list(layers), (list(keys), list(values))  # what the table points to
-        rows = [_fields(*each) for each in zip(layers, keys, values, strict=True)]
+        self.layers = list(zip(layers, keys, values, strict=True))  # what the table points to
+        rows = [_fields(*each) for each in self.layers]
         self._table = np.array(rows, np.int64).reshape(-1)
         self._config, self._dtype = config, keys[0].dtype
         self._counters = np.zeros(len(layers) * len(PHASES) * LINE, np.int64)
@@ -243,7 +247,7 @@ class Stack:
         self, hidden: torch.Tensor, batch: Batch, angles: tuple[torch.Tensor, torch.Tensor] | None
     ) -> torch.Tensor:
         config, rows = self._config, hidden.shape[0]
-        keys, values = self._cache[0][0], self._cache[1][0]
+        _, keys, values = self.layers[0]
         room = self._buffers(rows)
         self._counters[:] = self._cycles[:] = self._clock[:] = 0
         cos, sin = angles or (None, None)
@@ -253,7 +257,7 @@ class Stack:
             YIELD,
             *(one.ctypes.data for one in (self._table, self._counters, self._clock, self._cycles)),
         )
-        a[[LAYERS, ROWS_, TILES, CHUNKS]] = len(self._layers), rows, len(batch.tiles), -(-rows // _CHUNK)
+        a[[LAYERS, ROWS_, TILES, CHUNKS]] = len(self.layers), rows, len(batch.tiles), -(-rows // _CHUNK)
         a[RESIDUAL_AT] = hidden.data_ptr()
         a[NORMED_AT : DELTA_AT + 1] = [one.data_ptr() for one in room.values()]
         a[[POSITIONS_AT, SLOTS_AT, TABLES_AT, TILES_AT]] = [
