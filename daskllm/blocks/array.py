@@ -18,7 +18,6 @@ import torch.utils.dlpack
 __all__ = [
     "DTYPES",
     "Block",
-    "are_mapped",
     "drop_pages",
     "from_torch",
     "holds",
@@ -126,43 +125,35 @@ def nbytes(block: Block) -> int:
     return int(block.nbytes)
 
 
-def drop_pages(*blocks: Block) -> int:
+def drop_pages(*blocks: Block) -> list[int | None]:
     """Give back the memory of blocks that are views of a mapped file; the next touch reads them again.
 
-    For a block that has just been copied into a kernel's packed form and stays only as the source. Blocks in
+    For blocks that have just been copied into a kernel's packed form and stay only as the source. Blocks in
     ordinary memory or on a GPU, and all blocks on a system without ``/proc``, are left alone.
 
     Returns:
-        How many bytes were given back.
+        How many bytes of each were given back; None for one that is no view of a file.
 
     Example:
         >>> drop_pages(np.zeros(1 << 20, np.float32))
-        0
-    """
-    page = os.sysconf("SC_PAGE_SIZE")
-    madvise = ctypes.CDLL(None, use_errno=True).madvise
-    dropped = 0
-    for block, mapped in zip(blocks, are_mapped(*blocks), strict=True):
-        # Whole pages only, and never outside a file's mapping: the same call would zero ordinary memory.
-        if mapped:
-            start = block.ctypes.data
-            first, last = -(-start // page) * page, (start + block.nbytes) // page * page
-            size = ctypes.c_size_t(last - first)
-            if first < last and madvise(ctypes.c_void_p(first), size, _MADV_DONTNEED) == 0:
-                dropped += last - first
-    return dropped
-
-
-def are_mapped(*blocks: Block) -> list[bool]:
-    """Which blocks are views of a mapped file; none where the system does not tell.
-
-    >>> are_mapped(np.zeros(4, np.float32))
-    [False]
+        [None]
     """
     if not blocks or not os.path.exists("/proc/self/maps"):
-        return [False] * len(blocks)
-    files = _mapped_files()
-    return [isinstance(block, np.ndarray) and _within(block, files) for block in blocks]
+        return [None] * len(blocks)
+    page, files = os.sysconf("SC_PAGE_SIZE"), _mapped_files()
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    dropped: list[int | None] = []
+    for block in blocks:
+        # Whole pages only, and never outside a file's mapping: the same call would zero ordinary memory.
+        if not isinstance(block, np.ndarray) or not _within(block, files):
+            dropped.append(None)
+            continue
+        start = block.ctypes.data
+        first, last = -(-start // page) * page, (start + block.nbytes) // page * page
+        size = max(0, last - first)
+        gone = size and madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_DONTNEED) == 0
+        dropped.append(size if gone else 0)
+    return dropped
 
 
 def _within(block: np.ndarray, ranges: list[tuple[int, int]]) -> bool:
@@ -178,10 +169,10 @@ def _mapped_files() -> list[tuple[int, int]]:
     ranges = []
     with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
         for line in maps:
-            span, _, _, _, inode, *path = line.split(maxsplit=5)
-            name = path[0].rstrip("\n") if path else ""
-            plain = name.startswith("/") and not name.startswith("/dev/") and not name.endswith("(deleted)")
-            if inode != "0" and plain:
+            if "/" not in line or " /dev/" in line or line.endswith("(deleted)\n"):
+                continue  # as most are: a process has thousands
+            span, _, _, _, inode, _ = line.split(maxsplit=5)
+            if inode != "0":
                 low, high = span.split("-")
                 ranges.append((int(low, 16), int(high, 16)))
     return ranges

@@ -98,10 +98,8 @@ def release_packed(
         names: the blocks of the layer that were copied.
     """
     keys = [BlockKey(model, version, layer, name) for name in names]
-    blocks = [store.get(key) for key in keys]
-    array.drop_pages(*blocks)
-    for key, mapped in zip(keys, array.are_mapped(*blocks), strict=True):
-        if not mapped:
+    for key, dropped in zip(keys, array.drop_pages(*map(store.get, keys)), strict=True):
+        if dropped is None:
             store.drop_block(key)
 
 

@@ -104,6 +104,7 @@ class ResidentModel:
         self._model = f"{checkpoint.identity}/{dtype}/{device}/{next(_numbers)}"
         self._layers: dict[str, Layer] = {}
         self._sizes: dict[str, int] = {}
+        self._copied: list[str] = []  # blocks of the layer in preparation that packing has copied
         self._lock = threading.Lock()
 
     @classmethod
@@ -181,8 +182,15 @@ class ResidentModel:
 
     def _prepare(self, name: str) -> Layer:
         self._load(name)
+        self._copied = []
         # Packing lets blocks go, and what it makes of them is of their size.
         self._sizes[name] = STORE.nbytes(self._model, name)
+        layer = self._assemble(name)
+        if self.kernels.PACKS and self._copied:
+            release_packed(self._model, name, version=self.version, names=self._copied)
+        return layer
+
+    def _assemble(self, name: str) -> Layer:
         if name == "embed":
             return Embedding(self._block(name, "tokens.weight"), self._optional(name, "positions.weight"))
         if name == "head":
@@ -212,12 +220,8 @@ class ResidentModel:
     def _linear(self, layer: str, *names: str) -> Any:
         weights = [self._block(layer, f"{name}.weight") for name in names]
         biases = [b for name in names if (b := self._optional(layer, f"{name}.bias")) is not None]
-        packed = self.kernels.pack(weights, biases or None)
-        if self.kernels.PACKS:
-            release_packed(
-                self._model, layer, version=self.version, names=[f"{name}.weight" for name in names]
-            )
-        return packed
+        self._copied += [f"{name}.weight" for name in names]
+        return self.kernels.pack(weights, biases or None)
 
 
 def pick_device(device: str) -> str:
