@@ -42,7 +42,7 @@ from daskllm.runtime.tasks import watched
 from daskllm.session import Session
 from daskllm.types import ModelSpec, SamplingParams
 
-__all__ = ["WorkRow", "measure", "read_work"]
+__all__ = ["WorkRow", "machine_rates", "measure", "read_work"]
 
 WARM_UP_ROWS = 4
 MEGABYTE = 1_000_000
@@ -175,14 +175,15 @@ def _in_process(
         llm.close()
     if watch is not None:
         with ThreadPoolExecutor(1) as thread:  # OpenMP counts threads per calling thread
-            rates = thread.submit(_rates, DTYPES[measured["dtype"]]).result()
+            rates = thread.submit(machine_rates, DTYPES[measured["dtype"]]).result()
         measured["profile"] = watch.report(seconds, rates)
     return measured
 
 
-def _rates(dtype: torch.dtype) -> Rates:
+def machine_rates(dtype: torch.dtype) -> Rates:
     """What this machine does with all of its cores: reading memory, and the products of the engine's own
-    kernels where they are at their best."""
+    kernels where they are at their best. The calling thread keeps threads for it.
+    """
     torch.set_num_threads(cores())
     large = torch.ones(_READ // 4, dtype=torch.float32)
     bandwidth = large.nbytes / quickest(large.sum, "cpu", _MEASURING_SECONDS)

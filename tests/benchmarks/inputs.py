@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 INPUTS = Path(__file__).resolve().parents[2] / "build" / "bench"
 VOCABULARY = 49152
+# 135M and 0.5B have the sizes of SmolLM2-135M and Qwen2.5-0.5B, with this vocabulary.
 SHAPES: dict[str, dict[str, Any]] = {
     "135M": {
         "hidden_size": 576,
@@ -26,6 +27,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 30,
         "num_attention_heads": 9,
         "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
+    "0.5B": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
         "tie_word_embeddings": True,
     },
     "1B": {

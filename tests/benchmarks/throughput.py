@@ -3,7 +3,7 @@
     python tests/benchmarks/throughput.py [--model DIR] [--work FILE] [--rounds 3] [--peer COMMAND]...
 
 A peer is a command that is given MODEL and WORK and prints one JSON line with ``out_tokens_per_s`` last, such
-as ``--peer "/venvs/other/bin/python peers.py hf"``; without one it is transformers (``baseline.py``). Speeds
+as ``--peer "/venvs/other/bin/python peers/ov.py"``; without one it is transformers (``peers/hf.py``). Speeds
 move from run to run, so the engines alternate A B A B and the ratio is the median of the rounds' ratios.
 """
 
@@ -37,7 +37,7 @@ def main() -> None:
 
     ours = [sys.executable, "-m", "daskllm", "bench", "--model", str(model), "--work", str(work), "--json"]
     ours += ["--workers", str(args.workers)] if args.workers else []
-    peers = [shlex.split(peer) for peer in args.peer] or [[sys.executable, str(HERE / "baseline.py")]]
+    peers = [shlex.split(peer) for peer in args.peer] or [[sys.executable, str(HERE / "peers" / "hf.py")]]
     rounds: list[list[dict[str, Any]]] = []
     for i in range(args.rounds):
         rounds.append([last_line(ours), *(last_line([*peer, str(model), str(work)]) for peer in peers)])
