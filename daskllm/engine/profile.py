@@ -340,7 +340,7 @@ class _Costs:
         if window not in self._spans:
             self._spans[window] = _spans(batch, window)
         pairs, read = self._spans[window]
-        each = keys[0, :, :, 0].nbytes + values[0, :, 0].nbytes
+        each = 2 * keys[0, :, :, 0].nbytes  # a value is as wide as a key, but for what pads it
         # A product with a key and one with a value for each pair and query feature.
         return Work(0.0, 4 * q.shape[1] * pairs, read * each + q.nbytes + out.nbytes)
 

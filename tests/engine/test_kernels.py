@@ -8,6 +8,7 @@ import torch
 
 from daskllm.engine.batch import BLOCK_SIZE, Batch, Chunk
 from daskllm.engine.kernels import cpu, padded_head_dim, reference
+from daskllm.engine.kernels.cpu.gemm import COLUMNS
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 SIZES = pytest.mark.parametrize("size", [16, 20, 44, 64, 172, 576])
@@ -87,6 +88,14 @@ class Cache:
         self.angles = angles.cos(), angles.sin()
 
 
+def plain(cache: torch.Tensor) -> torch.Tensor:
+    """The CPU's keys or values in the order of `reference`: both are panels of products' weights there."""
+    blocks, heads, inputs, columns = cache.shape
+    each = 4 // cache.itemsize
+    panels = cache.view(blocks, heads, columns // COLUMNS, inputs // each, COLUMNS, each)
+    return panels.permute(0, 1, 3, 5, 2, 4).reshape(cache.shape)
+
+
 @DTYPES
 @HEADS
 @pytest.mark.parametrize("turned", [False, True])
@@ -100,7 +109,7 @@ def test_rope_store(
     norms = (random(size, dtype=dtype), random(size, dtype=dtype)) if normed else None
     found = cpu.rope_store(cache.qkv, cache.keys, cache.values, cache.batch, angles, norms, 1e-6)
     close(found, reference.rope_store(cache.qkv, keys, values, cache.batch, angles, norms, 1e-6))
-    for mine, theirs in ((cache.keys, keys), (cache.values, values)):
+    for mine, theirs in ((plain(cache.keys), keys), (plain(cache.values), values)):
         assert torch.equal(mine.isnan(), theirs.isnan())
         close(mine.nan_to_num(), theirs.nan_to_num())
 
@@ -113,7 +122,8 @@ def test_attention(dtype: torch.dtype, heads: int, kv_heads: int, size: int, win
     q = cpu.rope_store(cache.qkv, cache.keys, cache.values, cache.batch, cache.angles, None, 1e-6)
     arguments = (cache.keys, cache.values)
     found = cpu.attention(q, *arguments, cache.batch, window, size**-0.5)
-    close(found, reference.attention(q, *arguments, cache.batch, window, size**-0.5))
+    others = map(plain, arguments)
+    close(found, reference.attention(q, *others, cache.batch, window, size**-0.5))
     for first, count in ((128, 1), (31, 2), (40, 70)):
         part = Batch.of([Chunk([0] * count, first, cache.chunks[1].blocks)])
         rows = slice(50 + first, 50 + first + count)

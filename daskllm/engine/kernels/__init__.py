@@ -26,12 +26,12 @@ __all__ = ["Kernels", "padded_head_dim", "select"]
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """Width of a value row in the cache: whole SIMD registers.
+    """Width of a value row in the cache: whole panels of the CPU's products.
 
     >>> padded_head_dim(20)
     32
     """
-    return -(-head_dim // 16) * 16
+    return -(-head_dim // 32) * 32
 
 
 class Kernels(Protocol):

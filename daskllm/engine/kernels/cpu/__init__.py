@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from daskllm.engine.kernels.composed import Composed
-from daskllm.engine.kernels.cpu.attention import attention, rope_store
+from daskllm.engine.kernels.cpu.attention import attention
 from daskllm.engine.kernels.cpu.gemm import Packed, linear, pack
+from daskllm.engine.kernels.cpu.rope import rope_store
 from daskllm.engine.kernels.cpu.rows import activate, add_norm
 from daskllm.engine.kernels.cpu.stack import Stack
 

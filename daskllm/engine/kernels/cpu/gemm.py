@@ -152,7 +152,7 @@ class _Tile:
         sums = [[builder.phi(VECTOR) for _ in first] for _ in range(rows)]
         panel = builder.add(w, builder.mul(k, _I64(4 * COLUMNS)))
         columns = [
-            builder.load(_at(builder, panel, _VI, 4 * LANES * j), align=_ALIGN) for j in range(_VECTORS)
+            builder.load(_at(builder, panel, _VI, 4 * LANES * j), align=4) for j in range(_VECTORS)
         ]
         place = builder.add(x, builder.mul(k, _I64(4)))
         grown = []
@@ -316,7 +316,7 @@ def pack(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None)
 
 
 def _aligned(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """An empty tensor that begins at a multiple of `_ALIGN` bytes."""
+    """An empty tensor that begins at a multiple of `_ALIGN` bytes, so that no load spans two cache lines."""
     size, most = math.prod(shape), _ALIGN // dtype.itemsize
     room = torch.empty(size + most, dtype=dtype)
     skip = -room.data_ptr() % _ALIGN // dtype.itemsize

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from daskllm.engine.batch import BLOCK_SIZE, Batch
-from daskllm.engine.kernels.cpu.attention import attend, attention_scratch, rope_row
+from daskllm.engine.kernels.cpu.attention import attend, attention_scratch
 from daskllm.engine.kernels.cpu.gemm import COLUMNS, ROWS, Packed, product, tile
+from daskllm.engine.kernels.cpu.rope import rope_row
 from daskllm.engine.kernels.cpu.rows import ACTIVATIONS, activate_row, norm_row
 from daskllm.engine.kernels.cpu.simd import LANES, array, as_float
 from daskllm.engine.kernels.cpu.team import (
@@ -183,7 +184,7 @@ def _stack_loop(pointer, dtype):  # type: ignore[no-untyped-def]
     heads, kv_heads, size = a[HEADS], a[KV_HEADS], a[SIZE]
     spare = np.empty(2 * ROWS * COLUMNS, dtype)
     lanes = np.zeros(max(size, LANES), np.float32)
-    scratch = attention_scratch(heads // kv_heads, size, a[PADDED])
+    scratch = attention_scratch(heads // kv_heads, size, a[PADDED], dtype)
     hidden, give_way = a[HIDDEN], a[YIELD_AT]
     for layer in range(a[LAYERS]):
         at, phase = layer * LAYER_FIELDS, layer * len(PHASES)

@@ -1,0 +1,164 @@
+"""Queries and keys normed and turned; keys and values into the cache.
+
+A block is laid out as `daskllm.engine.kernels.cpu.gemm` lays out weights, so that attention is products: keys
+are columns (panels of tokens, then head_dim, then tokens), values are inputs (panels of head_dim, then
+tokens, then head_dim). To everyone else a block is so many numbers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numba
+import numpy as np
+import torch
+
+from daskllm.engine.batch import BLOCK_SIZE, Batch
+from daskllm.engine.kernels.cpu.gemm import COLUMNS
+from daskllm.engine.kernels.cpu.rows import sum_of_squares
+from daskllm.engine.kernels.cpu.simd import array, as_float, load, store
+from daskllm.engine.kernels.cpu.team import SIGNATURE, address, float_bits, run, take
+
+__all__ = ["rope_row", "rope_store"]
+
+
+@numba.njit
+def _head(source, start, weight, eps, cos, sin, angle, size, scratch):  # type: ignore[no-untyped-def]
+    """One head's vector into scratch: normed when it has a weight, then turned by its position."""
+    scale = np.float32(1)
+    if weight.size:
+        square = sum_of_squares(source, start, size, np.float32(0)) / np.float32(size)
+        scale = np.float32(1) / np.float32(math.sqrt(square + eps))
+    for i in range(size):
+        scratch[i] = load(source, start + i) * scale
+        if weight.size:
+            scratch[i] *= load(weight, i)
+    if cos.size:
+        half = size // 2
+        for i in range(half):
+            x, y = scratch[i], scratch[half + i]
+            c, s = cos[angle + i], sin[angle + i]
+            scratch[i] = x * c - y * s
+            scratch[half + i] = y * c + x * s
+
+
+@numba.njit
+def _store_key(key, keys, base, offset, size):  # type: ignore[no-untyped-def]
+    """A key into its block, which is a weight for products with queries: token by token a column."""
+    each = 4 // keys.itemsize
+    step = COLUMNS * each
+    at = base + offset // COLUMNS * COLUMNS * size + offset % COLUMNS * each
+    for i in range(0, size, each):
+        for j in range(each):
+            store(keys, at + j, key[i + j])
+        at += step
+
+
+@numba.njit
+def _store_value(source, start, values, base, offset, size, padded):  # type: ignore[no-untyped-def]
+    """A value into its block, a weight for products with softmax weights: token by token an input."""
+    each = 4 // values.itemsize
+    at = base + offset // each * COLUMNS * each + offset % each
+    for first in range(0, padded, COLUMNS):
+        for i in range(COLUMNS):
+            values[at + i * each] = source[start + first + i] if first + i < size else 0
+        at += COLUMNS * BLOCK_SIZE
+
+
+@numba.njit
+def rope_row(  # type: ignore[no-untyped-def]
+    item, qkv, q, keys, values, positions, slots, cos, sin, q_norm, k_norm, eps,
+    heads, kv_heads, size, padded, scratch
+):  # fmt: skip
+    """One row's heads: normed, turned, and its keys and values written to their slot."""
+    width = (heads + 2 * kv_heads) * size
+    angle = positions[item] * (size // 2)
+    for h in range(heads):
+        _head(qkv, item * width + h * size, q_norm, eps, cos, sin, angle, size, scratch)
+        for i in range(size):
+            store(q, (item * heads + h) * size + i, scratch[i])
+    block, offset = slots[item] // BLOCK_SIZE, slots[item] % BLOCK_SIZE
+    for h in range(kv_heads):
+        start = item * width + (heads + h) * size
+        _head(qkv, start, k_norm, eps, cos, sin, angle, size, scratch)
+        base = (block * kv_heads + h) * BLOCK_SIZE
+        _store_key(scratch, keys, base * size, offset, size)
+        _store_value(qkv, start + kv_heads * size, values, base * padded, offset, size, padded)
+
+
+@numba.njit(inline="always")
+def _rope_loop(pointer, dtype):  # type: ignore[no-untyped-def]
+    a = numba.carray(pointer, (20,), np.int64)
+    rows, heads, kv_heads, size, padded = a[1], a[13], a[14], a[15], a[16]
+    width, half = (heads + 2 * kv_heads) * size, size // 2
+    qkv = array(a[2], rows * width, dtype)
+    q = array(a[3], rows * heads * size, dtype)
+    keys = array(a[4], a[17] * kv_heads * size * BLOCK_SIZE, dtype)
+    values = array(a[5], a[17] * kv_heads * padded * BLOCK_SIZE, dtype)
+    positions = array(a[6], rows, np.int64)
+    slots = array(a[7], rows, np.int64)
+    cos = array(a[8], a[18] * half if a[8] else 0, np.float32)
+    sin = array(a[9], a[18] * half if a[9] else 0, np.float32)
+    q_norm = array(a[10], size if a[10] else 0, dtype)
+    k_norm = array(a[11], size if a[11] else 0, dtype)
+    scratch = np.empty(size, np.float32)
+    while True:
+        item = take(a, 0)
+        if item >= rows:
+            break
+        rope_row(
+            item, qkv, q, keys, values, positions, slots, cos, sin, q_norm, k_norm, as_float(a[12]),
+            heads, kv_heads, size, padded, scratch,
+        )  # fmt: skip
+
+
+@numba.cfunc(SIGNATURE, cache=True)
+def _rope_f32(pointer):  # type: ignore[no-untyped-def]
+    _rope_loop(pointer, np.float32)
+
+
+@numba.cfunc(SIGNATURE, cache=True)
+def _rope_bf16(pointer):  # type: ignore[no-untyped-def]
+    _rope_loop(pointer, np.uint16)
+
+
+def rope_store(
+    qkv: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    batch: Batch,
+    angles: tuple[torch.Tensor, torch.Tensor] | None,
+    norms: tuple[torch.Tensor, torch.Tensor] | None,
+    eps: float,
+) -> torch.Tensor:
+    """Norm and turn q and k, write k and v to their slots; returns q ``[rows, heads * head_dim]``."""
+    blocks, kv_heads, size, _ = keys.shape
+    if size % (4 // keys.itemsize):
+        raise ValueError(f"an odd head_dim, {size}, needs dtype='float32' on a CPU")
+    heads = qkv.shape[1] // size - 2 * kv_heads
+    q = torch.empty((qkv.shape[0], heads * size), dtype=qkv.dtype)
+    cos, sin = angles or (None, None)
+    q_norm, k_norm = norms or (None, None)
+    run(
+        _rope_f32 if qkv.dtype == torch.float32 else _rope_bf16,
+        qkv.shape[0],
+        qkv.data_ptr(),
+        q.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        batch.positions.data_ptr(),
+        batch.slots.data_ptr(),
+        address(cos),
+        address(sin),
+        address(q_norm),
+        address(k_norm),
+        float_bits(eps),
+        heads,
+        kv_heads,
+        size,
+        values.shape[3],
+        blocks,
+        0 if cos is None else cos.shape[0],
+        0,
+    )
+    return q
