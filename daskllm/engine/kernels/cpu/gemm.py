@@ -151,9 +151,7 @@ class _Tile:
         k = builder.phi(_I64)
         sums = [[builder.phi(VECTOR) for _ in first] for _ in range(rows)]
         panel = builder.add(w, builder.mul(k, _I64(4 * COLUMNS)))
-        columns = [
-            builder.load(_at(builder, panel, _VI, 4 * LANES * j), align=4) for j in range(_VECTORS)
-        ]
+        columns = [builder.load(_at(builder, panel, _VI, 4 * LANES * j), align=4) for j in range(_VECTORS)]
         place = builder.add(x, builder.mul(k, _I64(4)))
         grown = []
         for row in sums:
