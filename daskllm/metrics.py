@@ -11,17 +11,29 @@ from dataclasses import dataclass, field, fields
 __all__ = ["EngineMetrics", "Progress", "StepCosts", "StepRecord"]
 
 _HISTORY = 4096
-_FORGET = 0.999
-"""What an earlier step still counts against the next in `EngineMetrics.costs`: some thousand steps matter."""
+_FORGET = 0.998
+"""What an earlier step still counts against the next in `EngineMetrics.costs`: some 500 steps matter."""
+_WARM_UP = 8
+"""Steps that do not count: those that touch memory and code for the first time take ten times as long."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepCosts:
-    """Seconds that a step takes: for itself, for each prompt token, for each sequence that decodes."""
+    """Seconds that a step takes: for itself, for each prompt token, for each sequence that decodes.
+
+    Attributes:
+        decoding: how many sequences decoded in a step on average.
+    """
 
     step: float
     prefill_token: float
     decode_token: float
+    decoding: float = 0.0
+
+    @property
+    def output_token(self) -> float:
+        """Seconds for each token generated, its part of the step included."""
+        return self.decode_token + self.step / max(1.0, self.decoding)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,16 +125,18 @@ class EngineMetrics:
         self.prefill_tokens += step.prefill_tokens
         self.decode_tokens += step.decode_tokens
         self.history.append(step)
+        if self.steps <= _WARM_UP:
+            return
         x, y, t = step.prefill_tokens, step.decode_tokens, step.seconds
         new = (1.0, x, y, x * x, x * y, y * y, t, x * t, y * t)
         self._sums = [_FORGET * a + b for a, b in zip(self._sums, new, strict=True)]
 
     def costs(self) -> StepCosts | None:
-        """What steps take, by least squares over those of late, none of it negative; None before the first.
+        """What steps take, by least squares over those of late, none of it negative; None before the ninth.
 
         Example:
             >>> metrics = EngineMetrics()
-            >>> for prefill, decode in [(100, 0), (0, 8), (50, 4), (0, 1)]:
+            >>> for prefill, decode in [(100, 0), (0, 8), (50, 4), (0, 1)] * 4:
             ...     seconds = 0.01 + 0.001 * prefill + 0.002 * decode
             ...     metrics.record(StepRecord(0.0, seconds, prefill, decode, 1, 0, 1, 1))
             >>> costs = metrics.costs()
@@ -132,7 +146,8 @@ class EngineMetrics:
         n, x, y, xx, xy, yy, t, xt, yt = self._sums
         if not t:
             return None
-        return StepCosts(*_least_squares([[n, x, y], [x, xx, xy], [y, xy, yy]], [t, xt, yt]))
+        step, prefill, decode = _least_squares([[n, x, y], [x, xx, xy], [y, xy, yy]], [t, xt, yt])
+        return StepCosts(step, prefill, decode, y / n)
 
     def totals(self) -> dict[str, float]:
         """Everything but the history, as one flat dict."""

@@ -40,15 +40,16 @@ from daskllm.runtime.columns import labels_of, names
 from daskllm.runtime.local import protect
 from daskllm.runtime.slices import (
     PLACE,
-    SLICES,
     answer_slice,
+    answer_table,
     cut_table,
     merge_table,
     number_rows,
     slice_key,
+    slices_for,
 )
 
-__all__ = ["Answered", "Cut", "Merged", "Numbered", "Sliced", "answered", "asked_of"]
+__all__ = ["Answered", "Cut", "Merged", "Numbered", "Sliced", "Whole", "answered", "asked_of"]
 
 
 def answered(frame: Expr, call: Call) -> Expr:
@@ -126,7 +127,11 @@ class Answered(Elemwise):  # type: ignore[misc]
         return f"{self.call.kind}({self.frame})"
 
     def _lower(self) -> Expr:
-        return Merged(self.frame, Sliced(Cut(self.frame, self.call), self.call), self.call)
+        most = slices_for(self.frame.npartitions)
+        if not most:
+            return Whole(self.frame, self.call)
+        cut = Cut(self.frame, self.call, most)
+        return Merged(self.frame, Sliced(cut, self.call, most), self.call, most)
 
     @functools.cached_property
     def _added(self) -> list[Hashable]:
@@ -188,9 +193,10 @@ class Cut(Blockwise):  # type: ignore[misc]
     Parameters:
         frame: the table, with its places where the call draws by them.
         call: what is asked of each row.
+        most: slices of a partition.
     """
 
-    _parameters = ["frame", "call"]  # noqa: RUF012  (as in every expression of Dask)
+    _parameters = ["frame", "call", "most"]  # noqa: RUF012  (as in every expression of Dask)
     operation = staticmethod(cut_table)
 
     @functools.cached_property
@@ -202,20 +208,21 @@ class Cut(Blockwise):  # type: ignore[misc]
         return self.frame._meta
 
     def _task(self, name: Any, index: int) -> Task:
-        return Task(name, cut_table, TaskRef((self.frame._name, index)), self.call, self._name)
+        return Task(name, cut_table, TaskRef((self.frame._name, index)), self.call, self._name, self.most)
 
 
 class Sliced(Expr):  # type: ignore[misc]
-    """The answers to the slices of each partition: `SLICES` tasks, whose keys are `slice_key`'s.
+    """The answers to the slices of each partition: ``most`` tasks, whose keys are `slice_key`'s.
 
     They depend on their cut, so that Dask gives them to workers early and moves them when one is idle.
 
     Parameters:
         frame: a `Cut`.
         call: what is asked of each row.
+        most: slices of a partition.
     """
 
-    _parameters = ["frame", "call"]  # noqa: RUF012  (as in every expression of Dask)
+    _parameters = ["frame", "call", "most"]  # noqa: RUF012  (as in every expression of Dask)
 
     @functools.cached_property
     def _name(self) -> str:
@@ -234,14 +241,14 @@ class Sliced(Expr):  # type: ignore[misc]
         layer = {}
         for part in range(self.npartitions):
             cut = TaskRef((self.frame._name, part))
-            for number in range(SLICES):
+            for number in range(self.most):
                 key = slice_key(self._name, part, number)
                 layer[key] = Task(key, answer_slice, cut, number, self.call, self.frame._name)
         return layer
 
     def _simplify_up(self, parent: Expr, dependents: Any) -> Expr | None:
         if isinstance(parent, Partitions):
-            return Sliced(Partitions(self.frame, parent.partitions), self.call)
+            return Sliced(Partitions(self.frame, parent.partitions), self.call, self.most)
         return None
 
 
@@ -252,9 +259,10 @@ class Merged(Blockwise):  # type: ignore[misc]
         frame: the table that was cut.
         slices: their answers, a `Sliced`.
         call: what was asked of each row.
+        most: slices of a partition.
     """
 
-    _parameters = ["frame", "slices", "call"]  # noqa: RUF012  (as in every expression of Dask)
+    _parameters = ["frame", "slices", "call", "most"]  # noqa: RUF012  (as in every expression of Dask)
     operation = staticmethod(merge_table)
 
     @functools.cached_property
@@ -266,8 +274,32 @@ class Merged(Blockwise):  # type: ignore[misc]
         return merge_table(self.frame._meta, self.call)
 
     def _task(self, name: Any, index: int) -> Task:
-        answers = (TaskRef(slice_key(self.slices._name, index, number)) for number in range(SLICES))
+        answers = (TaskRef(slice_key(self.slices._name, index, number)) for number in range(self.most))
         return Task(name, merge_table, TaskRef((self.frame._name, index)), self.call, *answers)
+
+
+class Whole(Blockwise):  # type: ignore[misc]
+    """A frame with the answers to its rows as columns, one task for each partition.
+
+    Parameters:
+        frame: the table, with its places where the call draws by them.
+        call: what is asked of each row.
+    """
+
+    _parameters = ["frame", "call"]  # noqa: RUF012  (as in every expression of Dask)
+    operation = staticmethod(answer_table)
+
+    @functools.cached_property
+    def _name(self) -> str:
+        return f"{self.call.kind}-whole-{self.deterministic_token}"
+
+    @functools.cached_property
+    def _meta(self) -> pd.DataFrame:
+        return merge_table(self.frame._meta, self.call)
+
+    def _task(self, name: Any, index: int) -> Task:
+        protect()  # as for slices
+        return Task(name, answer_table, TaskRef((self.frame._name, index)), self.call, self._name)
 
 
 def _conjunction(predicate: Expr) -> list[Expr]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from dask._task_spec import DataNode, GraphNode
@@ -21,7 +21,7 @@ from dask.callbacks import Callback
 
 from daskllm.runtime.call import Call
 
-__all__ = ["abandonment", "protect"]
+__all__ = ["abandonment", "give_up", "protect"]
 
 # How often the runs of a call were given up, by the call's identity: a thread has the graph's own object.
 _given_up: Counter[int] = Counter()
@@ -33,6 +33,12 @@ def abandonment(call: Call) -> Callable[[], bool]:
     protect()
     before = _given_up[id(call)]
     return lambda: _given_up[id(call)] != before
+
+
+def give_up(calls: Iterable[Call]) -> None:
+    """Stop the rows of runs of these very objects, which their graphs hold."""
+    with _lock:
+        _given_up.update(map(id, calls))
 
 
 def protect() -> None:

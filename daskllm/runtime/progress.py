@@ -49,7 +49,7 @@ class Increment:
         ended: (tokens, count): so many samples ended with so many tokens.
         under_way: of each of the task's samples in the batch how many prompt tokens were read, how many
             tokens generated. It takes the place of what the task said of it before.
-        costs: seconds of an engine's step, of each prompt token and of each decoding sequence in it.
+        costs: seconds of each prompt token and of each output token, and of a row's next token at the least.
     """
 
     rows: int = 0
@@ -119,7 +119,7 @@ class Reporter:
         self._ended: Counter[int] = Counter()
         self._under_way: tuple[tuple[int, int], ...] = ()
         self._costs: tuple[float, float, float] | None = None
-        self._sent = 0.0
+        self._sent = time.monotonic()
 
     def __call__(self, progress: Progress) -> None:
         """Take a session's report."""
@@ -127,7 +127,7 @@ class Reporter:
         self._under_way = progress.under_way
         if progress.costs is not None:
             costs = progress.costs
-            self._costs = (costs.step, costs.prefill_token, costs.decode_token)
+            self._costs = (costs.prefill_token, costs.output_token, costs.step + costs.decode_token)
         self.add(
             rows=progress.rows,
             prompt_tokens=progress.prompt_tokens,
@@ -141,14 +141,15 @@ class Reporter:
         if self._task is not None:
             self._task.finished(counts.get("rows", 0))
         if time.monotonic() - self._sent >= INTERVAL:
-            self._send()
+            self.send()
 
     def flush(self) -> None:
         """Send what has not been sent; nothing is under way any more."""
         self._under_way = ()
-        self._send()
+        self.send()
 
-    def _send(self) -> None:
+    def send(self) -> None:
+        """Send what has not been sent now."""
         if not any(self._pending.values()) and not self._under_way:
             return
         self._sent = time.monotonic()

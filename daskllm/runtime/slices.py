@@ -30,6 +30,7 @@ __all__ = [
     "PLACE",
     "SLICES",
     "answer_slice",
+    "answer_table",
     "costs_of",
     "cut_table",
     "deal",
@@ -39,10 +40,16 @@ __all__ = [
     "places_of",
     "rows_of",
     "slice_key",
+    "slices_for",
 ]
 
 SLICES = 8
 """Slices of a partition, at most, a power of two: each costs Dask about 1 ms, empty or not."""
+MOST_SLICES = 4096
+"""Slice tasks of a table, where it has fewer partitions: many small ones need less cutting than few large."""
+MOST_MERGED = 16384
+"""Partitions above which there is one task for each and nothing to steal: a job of 100,000 partitions has no
+more than 100,000 tasks of ours."""
 ENOUGH_ROWS = 32
 """Of fewer rows, so many slices would be in flight on a worker that little is left to steal."""
 ENOUGH_TOKENS = 8192
@@ -106,14 +113,36 @@ def number_rows(table: pd.DataFrame, number: int) -> pd.DataFrame:
     return attach(table, {PLACE: range(start, start + len(table))})
 
 
-def cut_table(table: pd.DataFrame, call: Call, job: str = "") -> list[pd.DataFrame]:
-    """The rows of a partition in up to `SLICES` slices of about the same cost: 1, 2, 4, … of them.
+def slices_for(partitions: int) -> int:
+    """Into how many slices each of so many partitions is cut at most; 0: not at all, all is one task.
+
+    >>> [slices_for(partitions) for partitions in (1, 512, 1000, 4096, 16384, 100_000)]
+    [8, 8, 4, 1, 1, 0]
+    """
+    if partitions > MOST_MERGED:
+        return 0
+    return max(1, min(SLICES, 1 << max(1, MOST_SLICES // max(1, partitions)).bit_length() - 1))
+
+
+def answer_table(table: pd.DataFrame, call: Call, job: str = "") -> pd.DataFrame:
+    """``table`` with the answers to its rows, in one go.
+
+    Args:
+        job: as for `cut_table`.
+    """
+    answers = [answer_slice([part], 0, call, job) for part in cut_table(table, call, job, most=1)]
+    return merge_table(table, call, *answers)
+
+
+def cut_table(table: pd.DataFrame, call: Call, job: str = "", most: int = SLICES) -> list[pd.DataFrame]:
+    """The rows of a partition in up to ``most`` slices of about the same cost: 1, 2, 4, … of them.
 
     A slice has the columns that the call needs, and the rows' numbers in the partition as its index. Where
     there is no Dask worker nobody can take a slice over, and all rows stay in one.
 
     Args:
         job: whose rows they are, for those who follow.
+        most: a power of two.
     """
     if not len(table):
         return []
@@ -122,13 +151,15 @@ def cut_table(table: pd.DataFrame, call: Call, job: str = "") -> list[pd.DataFra
     needed = needed.set_axis(pd.RangeIndex(len(table)), axis=0)
     rows = cells(needed, call.labels)
     told = int(prompt_estimates(rows, call).sum())
-    Reporter(current_task(), job).add(cut_rows=len(rows), cut_tokens=told)
-    if current_worker() is None:
+    report = Reporter(current_task(), job)
+    report.add(cut_rows=len(rows), cut_tokens=told)
+    report.send()
+    if current_worker() is None or most == 1:
         return [needed]
     groups = equal_rows(rows, call)
     costs = costs_of([rows[group[0]] for group in groups], call)
     worth = max(len(costs) // ENOUGH_ROWS, int(costs.sum() // ENOUGH_TOKENS), 1)
-    hands = deal(costs, 1 << min(worth, len(costs), SLICES).bit_length() - 1)
+    hands = deal(costs, 1 << min(worth, len(costs), most).bit_length() - 1)
     return [needed.take(rows_of(hand, groups)) for hand in hands]
 
 

@@ -1,0 +1,152 @@
+"""How long a job still takes, told from events of a made-up engine that is known to the last second."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from daskllm.jobs.eta import Eta, State
+from daskllm.runtime.progress import Increment
+from daskllm.types import SamplingParams
+
+PARAMS = SamplingParams(max_tokens=512)
+SLOTS, STEP, PREFILL, DECODE = 64, 0.01, 0.0005, 0.0004
+
+
+def engine(prompts: list[int], outputs: list[int], slice_rows: int = 64) -> Iterator[tuple[float, Increment]]:
+    """Rows in order through one engine with 64 slots: a prompt is read at once, each step makes a token."""
+    now, last = 0.0, 0.0
+    waiting = list(zip(prompts, outputs, strict=True))
+    yield 0.0, Increment(cut_rows=len(waiting), cut_tokens=sum(prompts) // 2, job="j", task="cut")
+    running: list[list[int]] = []
+    rows = read = made = begun = begun_tokens = 0
+    ended: Counter[int] = Counter()
+    while waiting or running:
+        seconds = STEP
+        while waiting and len(running) < SLOTS:
+            if begun % slice_rows == 0:
+                part = waiting[:slice_rows]
+                begun_tokens += sum(prompt for prompt, _ in part)
+                tokens = sum(prompt for prompt, _ in part)
+                yield (
+                    now,
+                    Increment(
+                        begun_rows=len(part),
+                        begun_tokens=tokens,
+                        begun_estimate=tokens // 2,
+                        job="j",
+                        task="t",
+                    ),
+                )
+            begun += 1
+            prompt, output = waiting.pop(0)
+            seconds += PREFILL * prompt
+            running.append([prompt, 0, output])
+        seconds += DECODE * len(running)
+        now += seconds
+        for row in running:
+            row[1] += 1
+        for row in [row for row in running if row[1] >= row[2]]:
+            running.remove(row)
+            rows, read, made = rows + 1, read + row[0], made + row[1]
+            ended[row[1]] += 1
+        if now - last > 0.25:
+            last = now
+            yield (
+                now,
+                Increment(
+                    rows=rows,
+                    prompt_tokens=read,
+                    output_tokens=made,
+                    ended=tuple(ended.items()),
+                    under_way=tuple((row[0], row[1]) for row in running),
+                    costs=(PREFILL, DECODE + STEP / SLOTS, STEP + DECODE),
+                    job="j",
+                    task="t",
+                ),
+            )
+            rows = read = made = 0
+            ended.clear()
+    yield now, Increment(rows=rows, prompt_tokens=read, output_tokens=made, job="j", task="t")
+
+
+def errors(prompts: list[int], outputs: list[int], eta: Eta) -> dict[float, float]:
+    """At each share of the time, by how much of what is left the estimate is off."""
+    events = list(engine(prompts, outputs))
+    end = events[-1][0]
+    off: dict[float, float] = {}
+    for now, event in events:
+        eta.take(event, now)
+        if event.begun_rows or event.cut_rows:  # the made-up engine has told nothing of this moment yet
+            continue
+        for share in (0.1, 0.25, 0.5, 0.75):
+            if share not in off and now >= share * end:
+                left = eta.state(now).eta
+                off[share] = float("inf") if left is None else left / (end - now) - 1
+    assert eta.state(end).eta == 0
+    assert eta.state(end).share == 1
+    return off
+
+
+Draw = Callable[[np.random.Generator, int], np.ndarray]
+KINDS: dict[str, tuple[Draw, Draw]] = {
+    "alike": (lambda d, n: np.full(n, 50), lambda d, n: d.integers(30, 50, n)),
+    "skewed answers": (lambda d, n: np.full(n, 50), lambda d, n: 1 + d.exponential(60, n).astype(int)),
+    "skewed prompts": (lambda d, n: 10 + d.exponential(200, n).astype(int), lambda d, n: np.full(n, 20)),
+    "long prompts first": (
+        lambda d, n: -np.sort(-(10 + d.exponential(200, n).astype(int))),
+        lambda d, n: 1 + d.exponential(20, n).astype(int),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_left_is_told_within_a_fifth_after_a_tenth(kind: str) -> None:
+    draw = np.random.default_rng(3)
+    prompts, outputs = (make(draw, 3000).tolist() for make in KINDS[kind])
+    for share, off in errors(prompts, outputs, Eta(PARAMS, 3000)).items():
+        assert abs(off) < 0.2, f"{off:+.0%} off after {share:.0%}"
+
+
+def test_rows_are_told_from_partitions() -> None:
+    eta = Eta(PARAMS, partitions=4)
+    assert eta.state(0.0) == State()
+    eta.take(Increment(cut_rows=100, cut_tokens=1000, task="cut"), 1.0)
+    assert eta.state(2.0).total_rows == 400
+    assert eta.state(2.0).eta is None
+    for _ in range(3):
+        eta.take(Increment(cut_rows=60, cut_tokens=600, task="cut"), 2.0)
+    assert eta.state(2.0).total_rows == 280
+
+
+def test_remembered_rows_take_no_time() -> None:
+    """Half of what has begun was remembered, so that half of the rest will be."""
+    eta = Eta(SamplingParams(max_tokens=10, ignore_eos=True), rows=400)
+    eta.take(Increment(cut_rows=400, cut_tokens=4000, task="cut"), 0.0)
+    eta.take(Increment(begun_rows=200, begun_tokens=2000, begun_estimate=2000, task="t"), 0.0)
+    eta.take(Increment(rows=100, remembered=100, task="t"), 0.0)
+    for second in range(1, 11):
+        eta.take(Increment(rows=10, prompt_tokens=100, output_tokens=100, task="t"), float(second))
+    state = eta.state(10.0)
+    assert state.eta == pytest.approx(10.0)
+    assert state.share == pytest.approx(0.5)
+    assert (state.rows, state.remembered) == (200, 100)
+
+
+def test_a_task_that_is_gone_counts_as_not_begun() -> None:
+    eta = Eta(SamplingParams(max_tokens=10, ignore_eos=True), rows=100)
+    eta.take(Increment(begun_rows=50, begun_tokens=500, begun_estimate=500, task="lost"), 0.0)
+    eta.take(Increment(rows=10, prompt_tokens=100, output_tokens=100, under_way=((10, 5),), task="lost"), 1.0)
+    assert eta.state(1.0).output_tokens == 105
+    eta.take(Increment(begun_rows=40, begun_tokens=400, begun_estimate=400, task="other"), 30.0)
+    assert eta.state(30.0).output_tokens == 100
+
+
+def test_a_state_is_text_and_data() -> None:
+    state = State(50, 100, 1, 0, 10, 20, 30.0, 2.0, 0.5, 75.0)
+    assert str(state) == "50 of 100 rows (50%), 20 tokens, 30 tokens/s, 1 errors, 1 min 15 s left"
+    assert 'value="0.5000"' in state._repr_html_()
+    assert state.to_dict()["eta"] == 75.0
