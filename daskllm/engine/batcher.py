@@ -161,7 +161,8 @@ class Batcher:
                 break
             if sequence not in self.running:  # preempted by one before it
                 continue
-            self._adopt(sequence, self._found(sequence))
+            if sequence.remaining > 1:
+                self._adopt(sequence, self._found(sequence))
             count = min(sequence.remaining, budget)
             if not self._make_room(sequence, count, (chunk.sequence for chunk in chunks)):
                 if blocks_for(sequence.computed + count) > self.pool.size:
@@ -170,8 +171,10 @@ class Batcher:
                 else:
                     self._preempt(sequence)
                 continue
-            chunks.append(self._chunk(sequence, count))
+            chunks.append(ScheduledChunk(sequence, count))
             budget -= count
+            if (sequence.computed + count) % BLOCK_SIZE < count:
+                self._publish(sequence, count)
         while budget and len(chunks) < share and self.waiting and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
             need = blocks_for(len(sequence.tokens))
@@ -189,8 +192,10 @@ class Batcher:
             self._adopt(sequence, found)
             # The whole prompt's blocks at once: a chunked prompt can then always be finished.
             self._grow(sequence, len(sequence.tokens))
-            chunks.append(self._chunk(sequence, min(sequence.remaining, budget)))
-            budget -= chunks[-1].count
+            count = min(sequence.remaining, budget)
+            chunks.append(ScheduledChunk(sequence, count))
+            budget -= count
+            self._publish(sequence, count)
         for chunk in chunks:
             chunk.sequence.flying = True
         return Step(tuple(chunks), tuple(failed))
@@ -227,13 +232,12 @@ class Batcher:
         self.reused_tokens += behind - sequence.computed
         sequence.computed = behind
 
-    def _chunk(self, sequence: SequenceState, count: int) -> ScheduledChunk:
-        """Tokens to run; the blocks that they fill can be found."""
-        begin, end = sequence.computed // BLOCK_SIZE, (sequence.computed + count) // BLOCK_SIZE
+    def _publish(self, sequence: SequenceState, count: int) -> None:
+        """Let the blocks be found that its next tokens fill, which are in a step now."""
         if self.reuse:
-            for number in range(begin, end):
+            begin, end = sequence.computed, sequence.computed + count
+            for number in range(begin // BLOCK_SIZE, end // BLOCK_SIZE):
                 self.pool.publish(sequence.blocks[number], sequence.key(number))
-        return ScheduledChunk(sequence, count)
 
     def _growth(self) -> int:
         """Blocks that the running sequences may take for their next token."""

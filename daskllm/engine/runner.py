@@ -2,8 +2,9 @@
 
 It reads a `DecoderConfig` and its own layers, and knows no family, no request and no block table beyond the
 batch's. A runner with all layers turns tokens into the last hidden states of the rows that are wanted, and
-those into logits where somebody asks; one with some of them takes and gives the residual stream, which is all
-that passes between stages.
+those into logits where somebody asks. In each layer the keys and values of all rows are stored before any row
+attends: a chunk may read blocks that another chunk of the same step fills. A runner with some of the layers
+takes and gives the residual stream, which is all that passes between stages.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Rows that need no model: equal ones of a call are generated once, what was answered before is looked up.
+"""Rows that need no model: equal ones of a call, and of calls at the same time, are generated once; what was
+answered before is looked up.
 
 It owns what makes two rows equal: the tokens that the model reads, the weights, how tokens are chosen, and
 where the draws come from. How answers are kept is `daskllm.answers`' business.
@@ -19,6 +20,7 @@ import dask.config
 from daskllm.answers import FLUSH_SECONDS, Answers, Place, key_of, space_of
 from daskllm.runtime.call import Call
 from daskllm.runtime.call import Place as RowPlace
+from daskllm.runtime.together import Claim, under_way
 
 if TYPE_CHECKING:
     from daskllm.engine.layers import ResidentModel
@@ -122,6 +124,8 @@ class _Rows:
         self.answers: list[list[Completion]] = [[] for _ in prompts]
         self._keys: dict[int, bytes] = {}
         self._equal: dict[bytes, list[int]] = {}
+        self._under, self._mine = under_way(session), dict[bytes, Claim]()
+        self._sampling = repr([getattr(call.params, name) for name in _sampling_fields(call.params)])
         for row, one in enumerate(self._encoded):
             if one.error is None:
                 key = key_of(one.ids, _draw(call, places[row] if call.by_place else ()))
@@ -137,9 +141,39 @@ class _Rows:
             self._remembered(len(rows))
 
     def generate(self, places: Sequence[RowPlace], cancelled: Callable[[], bool]) -> None:
-        """Answer the rest, one of equal rows for all of them."""
-        firsts = {rows[0] for rows in self._equal.values()}
-        asked = [r for r, one in enumerate(self._encoded) if r in firsts or one.error is not None]
+        """Answer the rest, one of equal rows for all of them, wherever it is generated."""
+        asked = [row for row, one in enumerate(self._encoded) if one.error is not None]
+        left = list(self._equal)
+        while asked or left:
+            theirs = self._claim(left)
+            try:
+                self._ask(sorted([*asked, *(self._equal[key][0] for key in self._mine)]), places, cancelled)
+            finally:  # what was not finished is given up
+                for claim in self._mine.values():
+                    self._under.settle(claim, None)
+                self._mine.clear()
+            asked, left = [], [key for key, claim in theirs.items() if not self._wait(key, claim, cancelled)]
+
+    def _claim(self, keys: Iterable[bytes]) -> dict[bytes, Claim]:
+        """Claim rows; the claims of those that others generate already."""
+        theirs: dict[bytes, Claim] = {}
+        for key in keys:
+            mine, claim = self._under.claim((self._sampling, key), self._call.priority)
+            (self._mine if mine else theirs)[key] = claim
+        return theirs
+
+    def _wait(self, key: bytes, claim: Claim, cancelled: Callable[[], bool]) -> bool:
+        """Take a row from the call that generates it; whether that call finished it."""
+        samples = claim.wait(cancelled)
+        if samples is None:
+            return False
+        if self._kept is not None:
+            self._kept.put({key: samples})
+        self._answer(self._equal[key], samples)
+        self._remembered(len(self._equal[key]))
+        return True
+
+    def _ask(self, asked: Sequence[int], places: Sequence[RowPlace], cancelled: Callable[[], bool]) -> None:
         if not asked:
             return
 
@@ -148,7 +182,6 @@ class _Rows:
             self.keep(FLUSH_SECONDS)
             return cancelled()
 
-        alone = self._kept is None and all(len(rows) == 1 for rows in self._equal.values())
         generated = self._session.generate(
             [self._encoded[row] for row in asked],
             self._call.params,
@@ -157,7 +190,7 @@ class _Rows:
             priority=self._call.priority,
             progress=self._report,
             cancelled=unwanted,
-            finished=None if alone else lambda done: self._finished([(asked[i], s) for i, s in done]),
+            finished=lambda done: self._finished([(asked[i], s) for i, s in done]),
         )
         for row, samples in zip(asked, generated, strict=True):
             self._answer(self._equal.get(self._keys.get(row, b""), [row]), samples)
@@ -176,6 +209,7 @@ class _Rows:
             failed = any(sample.error is not None for sample in samples)
             if not failed:
                 whole[key] = samples
+                self._under.settle(self._mine[key], samples)
             if (others := len(self._equal[key]) - 1) and not failed:
                 self._remembered(others)
             elif others:
@@ -213,10 +247,14 @@ def _kept_answers(call: Call, session: Session) -> Answers | None:
 def _facts(params: Any, spec: Any) -> dict[str, Any]:
     """All that a row's tokens come from but the row itself."""
     model = {one.name: getattr(spec, one.name) for one in fields(spec) if one.name not in _WHERE}
-    sampling = {one.name: getattr(params, one.name) for one in fields(params) if one.name not in _OF_THE_ROW}
+    sampling = {name: getattr(params, name) for name in _sampling_fields(params)}
     # Another release may compute other bits. (An import of it would be one of the rooms above.)
     release = sys.modules["daskllm"].__version__
     return {"release": release, "model": model, "sampling": sampling}
+
+
+def _sampling_fields(params: Any) -> list[str]:
+    return [one.name for one in fields(params) if one.name not in _OF_THE_ROW]
 
 
 @functools.lru_cache(_OPEN_SPACES)
