@@ -16,7 +16,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import daskllm.frame  # noqa: F401  (registers ``df.llm``)
-from daskllm.types import Completion, DaskLLMError, ModelError, RowError, SamplingParams
+from daskllm.types import Completion, DaskLLMError, JobError, ModelError, RowError, SamplingParams
 
 if TYPE_CHECKING:
     from daskllm.llm import LLM, load
@@ -34,6 +34,7 @@ __all__ = [
     "LLM",
     "Completion",
     "DaskLLMError",
+    "JobError",
     "ModelError",
     "RowError",
     "SamplingParams",

@@ -17,22 +17,19 @@ import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 
-from daskllm.checkpoint import open_checkpoint
 from daskllm.frame import ask_series, check_chats
 from daskllm.graph import LayerGraph, Plan
-from daskllm.models import DecoderConfig, describe, sources
+from daskllm.models import DecoderConfig
 from daskllm.runtime import dataflow
 from daskllm.runtime.call import Call, Kind, draw_seed
 from daskllm.runtime.cluster import client_for, over_rows
 from daskllm.runtime.facts import Facts
 from daskllm.runtime.loading import (
     check_client,
-    check_options,
     close_on,
-    kv_bytes,
     open_on,
-    reachable,
     residency_of,
+    specify,
     specs_of,
 )
 from daskllm.runtime.placing import Replicas, Stages, check_stages, place, plan_of, with_times
@@ -389,28 +386,19 @@ def load(
         PlanError: no worker has room for some layer, or the plan is not one of this model on these workers.
         TypeError: an argument of the wrong type.
     """
-    check_options(dtype, device, quantize)
-    memory = kv_bytes(kv_memory)
     check_client(client)
     kept = place_for(answers)
     answering = client_for(client)
     check_stages(stages, replicas, plan, answering)
-    checkpoint = open_checkpoint(model, revision)
-    try:
-        config = describe(checkpoint.config)
-        sources(config, checkpoint.names)
-        path, commit = reachable(model, checkpoint)
-        spec = ModelSpec(
-            path=path,
-            revision=commit,
-            dtype=dtype,
-            device=device,
-            kv_memory=memory,
-            identity=checkpoint.identity,
-            content="" if answering is None else checkpoint.content(),
-        )
-    finally:
-        checkpoint.close()
+    spec, config = specify(
+        model,
+        dtype=dtype,
+        device=device,
+        quantize=quantize,
+        revision=revision,
+        kv_memory=kv_memory,
+        with_content=answering is not None,
+    )
     if answering is None:
         llm = LLM(of_its_own(None, spec), client, config, kept)
         llm.session()

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pandas.api.types import is_object_dtype
 
-__all__ = ["Tables", "read_tables"]
+__all__ = ["Tables", "input_files", "read_tables"]
 
 ROWS_PER_PARTITION = 256
 FEWEST_ROWS_PER_PARTITION = 32
@@ -68,6 +68,7 @@ def _json_object(path: str, number: int, line: str) -> dict[str, Any]:
 
 
 READERS: Mapping[str, Callable[[str], pd.DataFrame]] = {
+    ".parquet": pd.read_parquet,
     ".csv": read_csv,
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
@@ -100,10 +101,9 @@ def input_files(patterns: Sequence[str]) -> tuple[list[str], str]:
             raise FileNotFoundError(f"no input file matches {pattern!r}")
         files += [os.path.abspath(file) for file in matched]  # workers have directories of their own
     suffixes = sorted({Path(file).suffix.lower() for file in files})
-    known = [".parquet", *READERS]
-    if len(suffixes) != 1 or suffixes[0] not in known:
+    if len(suffixes) != 1 or suffixes[0] not in READERS:
         raise ValueError(
-            f"input files must all be of one kind out of {', '.join(known)}, not {', '.join(suffixes)}"
+            f"input files must all be of one kind out of {', '.join(READERS)}, not {', '.join(suffixes)}"
         )
     return files, suffixes[0]
 
@@ -145,8 +145,14 @@ def _kinds(schemas: Sequence[pa.Schema], columns: Sequence[str]) -> dict[str, pa
     return {field.name: pa.string() if pa.types.is_null(field.type) else field.type for field in merged}
 
 
-def read_tables(patterns: Sequence[str], slots: int) -> Tables:
+def read_tables(
+    patterns: Sequence[str], slots: int, partitions: int | None = None, rows: int | None = None
+) -> Tables:
     """The input as one dask frame, cut so that `slots` tasks in flight stay busy.
+
+    Args:
+        partitions: how many it is cut into, where that is known.
+        rows: how many it has, where that is known, so that nothing is read to count them.
 
     Raises:
         ValueError: files of several kinds or of different columns or types, or no rows.
@@ -155,21 +161,29 @@ def read_tables(patterns: Sequence[str], slots: int) -> Tables:
     files, suffix = input_files(patterns)
     # Dask would make text of every column of objects, of lists too.
     with dask.config.set({"dataframe.convert-string": False}):
-        if suffix == ".parquet":
+        if suffix == ".parquet" and not _has_named_range(files[0]):
             frame = dd.read_parquet(files)
         else:
             like = READERS[suffix](files[0]).iloc[:0]
             frame = dd.from_map(read_part, files, suffix=suffix, like=like, meta=like)
-        rows = len(frame)
+        if rows is None:
+            rows = len(frame)
     if rows == 0:
         raise ValueError(f"the input has no rows: {', '.join(patterns)}")
     objects = [name for name, dtype in frame.dtypes.items() if is_object_dtype(dtype)]
     kinds: dict[str, pa.DataType] = {}
     if objects and suffix == ".parquet":
         kinds = _kinds([pq.read_schema(file) for file in files], objects)
-    elif objects:
+    elif objects and partitions is None:
         found = dask.compute(*(dask.delayed(kinds_in)(file, suffix, like) for file in files))
         kinds = _kinds(found, objects)
     wanted = max(math.ceil(rows / ROWS_PER_PARTITION), min(4 * slots, rows // FEWEST_ROWS_PER_PARTITION))
+    wanted = wanted if partitions is None else partitions
     cut = frame.repartition(npartitions=wanted) if wanted > frame.npartitions else frame
     return Tables(cut, rows, kinds)
+
+
+def _has_named_range(path: str) -> bool:
+    """Whether a Parquet file has an index of numbers in order with a name, which Dask cannot read."""
+    told = (pq.read_schema(path).pandas_metadata or {}).get("index_columns", ())
+    return any(isinstance(index, dict) and index.get("name") is not None for index in told)

@@ -16,6 +16,7 @@ __all__ = [
     "Completion",
     "DaskLLMError",
     "FinishReason",
+    "JobError",
     "Message",
     "ModelError",
     "ModelSpec",
@@ -47,6 +48,10 @@ class ModelError(DaskLLMError):
 
 class StageLostError(DaskLLMError):
     """A worker that held layers of a model is gone or does not answer, and its rows with it."""
+
+
+class JobError(DaskLLMError):
+    """A job that stopped because too many of its rows failed; its finished parts stay."""
 
 
 class RowError(DaskLLMError):

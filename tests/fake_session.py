@@ -55,6 +55,7 @@ class FakeSpec:
     chains: tuple[()] = ()
     identity: str = "fake"
     revision: None = None
+    content: str = "fake weights"
     free: int = 0
     held: str | None = None
     yields: bool = False

@@ -10,9 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import dask
-import dask.dataframe as dd
 import pandas as pd
-import pyarrow as pa
 import pytest
 from click.testing import CliRunner, Result
 from distributed import KilledWorker
@@ -20,8 +18,6 @@ from distributed.client import FutureCancelledError
 from distributed.comm import CommClosedError
 
 from daskllm.cli import answer, main
-from daskllm.cli.answer import MARKER, own_directory
-from daskllm.cli.running import write
 from daskllm.llm import load
 from tests.tiny import make_model
 
@@ -121,14 +117,19 @@ def test_columns_of_lists_pass_through(model: str, tmp_path: Path) -> None:
     assert answers["day"].tolist() == table["day"].tolist()
 
 
-def test_an_index_is_written_beside_columns_of_lists(tmp_path: Path) -> None:
-    table = pd.DataFrame({"tags": [[1], None], "x": [1, 2]}, index=pd.Index([5, 7], name="key"))
-    with dask.config.set({"dataframe.convert-string": False}):
-        frame = dd.from_pandas(table, npartitions=2)
-    write(frame, tmp_path, None, 2, {"tags": pa.list_(pa.int64())})
-    back = pd.read_parquet(tmp_path)
-    assert back.index.equals(table.index)
-    assert list(back.columns) == ["tags", "x"]
+@pytest.mark.parametrize("index", [pd.Index([5, 7], name="key"), pd.RangeIndex(3, 5, name="key")])
+def test_an_index_is_written_beside_columns_of_lists(model: str, tmp_path: Path, index: pd.Index) -> None:
+    table = pd.DataFrame({"tags": [[1], None], "q": ["a", "b"]}, index=index)
+    table.to_parquet(tmp_path / "in.parquet")
+    result = run(
+        "generate", "--model", model, "--input", tmp_path / "in.parquet", "--prompt", "q", "--output",
+        tmp_path / "out", "--max-tokens", 1,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    back = pd.read_parquet(tmp_path / "out")
+    assert back.index.tolist() == index.tolist()
+    assert back.index.name == "key"
+    assert list(back.columns[:2]) == ["tags", "q"]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
@@ -273,25 +274,6 @@ def _raising(error: Exception) -> Callable[..., Any]:
         raise error
 
     return raising
-
-
-def test_the_demo_removes_what_it_wrote_itself_and_nothing_else(tmp_path: Path) -> None:
-    out = tmp_path / "answers"
-    own_directory(out, 2)
-    for number in range(2):
-        (out / f"part.0000{number}.parquet").touch()
-    assert own_directory(out, 2) == out
-    assert [file.name for file in out.iterdir()] == [MARKER]
-    (out / "part.00007.parquet").touch()
-    with pytest.raises(ValueError, match="not empty"):
-        own_directory(out, 2)
-    assert (out / "part.00007.parquet").exists()
-    theirs = tmp_path / "theirs"
-    theirs.mkdir()
-    (theirs / "part.0.parquet").touch()
-    with pytest.raises(ValueError, match="not empty"):
-        own_directory(theirs, 2)
-    assert (theirs / "part.0.parquet").exists()
 
 
 def test_info_tells_a_model_s_shape(model: str) -> None:

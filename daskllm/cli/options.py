@@ -22,6 +22,7 @@ __all__ = [
     "known_columns",
     "loading_options",
     "model_option",
+    "resume_options",
     "revision_option",
     "sampling_options",
 ]
@@ -70,6 +71,21 @@ def all_of(*options: Decorator) -> Decorator:
     return decorate
 
 
+class RowsOrShare(click.ParamType):
+    """A whole number as it is, a number with a point or a % as a share."""
+
+    name = "N|SHARE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
+        text = str(value)
+        try:
+            if text.endswith("%"):
+                return float(text.removesuffix("%")) / 100
+            return float(text) if "." in text else int(text)
+        except ValueError:
+            self.fail(f"{text!r} is neither a number of rows nor a share such as 0.05 or 5%", param, ctx)
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON line last.")
 model_option = click.option("--model", required=True, help="A model directory or a Hugging Face Hub id.")
 revision_option = click.option("--revision", help="Branch, tag or commit of a Hub model.")
@@ -90,6 +106,23 @@ answers_option = click.option(
     "forget",
     is_flag=True,
     help="Neither look up what was answered before nor keep what is answered now.",
+)
+resume_options = all_of(
+    click.option("--no-resume", is_flag=True, help="Refuse an output directory that holds a job already."),
+    click.option("--overwrite", is_flag=True, help="Begin again, over whatever job the output holds."),
+    click.option("--retry-errors", is_flag=True, help="Ask the failed rows of finished parts again."),
+    click.option(
+        "--on-error",
+        type=click.Choice(["keep", "drop", "raise"]),
+        default="keep",
+        show_default=True,
+        help="A row that failed stays with its reason, is left out, or ends the job.",
+    ),
+    click.option(
+        "--max-errors",
+        type=RowsOrShare(),
+        help="Stop when more rows failed: a number of them, or a share such as 0.05 or 5%.",
+    ),
 )
 cluster_options = all_of(
     click.option("--workers", type=click.IntRange(1), help="Run on a local cluster of so many processes."),

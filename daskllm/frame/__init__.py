@@ -5,6 +5,6 @@ takes any object with a ``spec`` (`Handle`) and refuses to know how a model is l
 """
 
 from daskllm.frame.accessor import DaskAccessor, PandasAccessor
-from daskllm.frame.ask import Handle, ask_series, check_chats
+from daskllm.frame.ask import Handle, ask_series, call_over, check_chats
 
-__all__ = ["DaskAccessor", "Handle", "PandasAccessor", "ask_series", "check_chats"]
+__all__ = ["DaskAccessor", "Handle", "PandasAccessor", "ask_series", "call_over", "check_chats"]

@@ -5,17 +5,20 @@ It owns the documented signatures, the same for both kinds of table. It refuses 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import os
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import dask.dataframe as dd
 import pandas as pd
+import pyarrow as pa
 from dask.dataframe.extensions import register_dataframe_accessor
 
 from daskllm.frame.ask import Handle, ask_table, call_over
 from daskllm.frame.explain import explain_table
-from daskllm.jobs.explanation import Explanation
+from daskllm.jobs import Explanation, FileKind, OnError, Summary, prepare, run
 from daskllm.runtime.call import Kind
+from daskllm.runtime.cluster import client_for
 from daskllm.types import Pooling
 
 __all__ = ["DaskAccessor", "PandasAccessor"]
@@ -203,3 +206,115 @@ class PandasAccessor(_Accessor[pd.DataFrame]):
 @register_dataframe_accessor("llm")
 class DaskAccessor(_Accessor[dd.DataFrame]):
     """``df.llm`` of a Dask table; its rows are answered when the result is computed."""
+
+    def to_parquet(
+        self,
+        path: str | os.PathLike[str],
+        resume: bool = True,
+        *,
+        overwrite: bool = False,
+        on_error: OnError = "keep",
+        max_errors: float | None = None,
+        retry_errors: bool = False,
+        encryption_key: bytes | None = None,
+        compression: str = "snappy",
+        write_index: bool | None = None,
+        types: Mapping[str, pa.DataType] | None = None,
+    ) -> Summary:
+        """Answer the table and write it as Parquet, part by part; the same call goes on where one was cut
+        off.
+
+        Each partition becomes a file, ``part.00012-<job>.parquet``, written by the worker that made it, whole
+        or not at all; readers may use those that are there. ``_daskllm.json`` beside them says which job it
+        is and how far. A part is kept where data, prompt, model (by its content), sampling and seed are the
+        same, and with all of them there neither the rows are read nor the model is loaded. A job without a
+        seed goes on with the one that it drew. All rows of the run are answered by the weights that are the
+        model's when it begins, whatever `LLM.update` brings.
+
+        Args:
+            path: a directory or an fsspec URL, which workers reach too.
+            resume: go on with the same job where the directory has it begun; False refuses one that is there.
+            overwrite: begin again, over whatever job the directory holds.
+            on_error: what a row that failed does: it stays in the table with its reason ("keep"), is left out
+                ("drop"), or ends the job ("raise").
+            max_errors: stop when more rows failed: a number of them (int), or a share of those that are done
+                (float, looked at from 100 rows on and at the end).
+            retry_errors: ask the failed rows of finished parts again; the rest of each part stays as it is.
+            encryption_key: 16, 24 or 32 bytes, for Parquet's own encryption (AES-GCM of columns and footer).
+                It goes to the workers with the tasks: use a cluster with TLS.
+            compression: as pyarrow has it.
+            write_index: None: where the index has a name, or is no numbering.
+            types: Arrow types of columns of Python objects that neither Parquet files nor daskllm tell of.
+
+        Returns:
+            Rows, errors, tokens and parts; the table itself stays in the files.
+
+        Raises:
+            ValueError: the directory holds another job, with what differs, or something else; a table without
+                answers; an argument out of its range.
+            JobError, RowError: too many rows failed, or one with ``on_error="raise"``.
+            OSError: a part cannot be written. After any of these what was finished stays.
+        """
+        client = client_for(None)
+        job = prepare(
+            self._table,
+            path,
+            client=client,
+            resume=resume,
+            overwrite=overwrite,
+            on_error=on_error,
+            max_errors=max_errors,
+            retry_errors=retry_errors,
+            encryption_key=encryption_key,
+            compression=compression,
+            write_index=write_index,
+            types=types,
+        )
+        return run(job, client)
+
+    def to_json(self, path: str | os.PathLike[str], resume: bool = True, **options: Any) -> Summary:
+        """As `to_parquet`, as JSON lines: ``part.00012-<job>.jsonl``.
+
+        Dates are text, bytes are refused. What a file's own metadata say in Parquet is in a ``_part….json``.
+
+        Args:
+            options: of `to_parquet`, but for ``encryption_key``, ``compression`` and ``retry_errors``.
+        """
+        return self._to_text("jsonl", path, resume, **options)
+
+    def to_csv(self, path: str | os.PathLike[str], resume: bool = True, **options: Any) -> Summary:
+        """As `to_parquet`, as CSV with a header in each file: ``part.00012-<job>.csv``.
+
+        A null is an empty cell, an empty text ``""``; lists are JSON.
+
+        Args:
+            options: as for `to_json`.
+        """
+        return self._to_text("csv", path, resume, **options)
+
+    def _to_text(
+        self,
+        kind: FileKind,
+        path: str | os.PathLike[str],
+        resume: bool,
+        *,
+        overwrite: bool = False,
+        on_error: OnError = "keep",
+        max_errors: float | None = None,
+        write_index: bool | None = None,
+        types: Mapping[str, pa.DataType] | None = None,
+    ) -> Summary:
+        client = client_for(None)
+        job = prepare(
+            self._table,
+            path,
+            client=client,
+            kind=kind,
+            resume=resume,
+            overwrite=overwrite,
+            on_error=on_error,
+            max_errors=max_errors,
+            write_index=write_index,
+            types=types,
+        )
+        return run(job, client)

@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 from dask.utils import parse_bytes
 
-from daskllm.checkpoint import Checkpoint
+from daskllm.checkpoint import Checkpoint, open_checkpoint
+from daskllm.models import DecoderConfig, describe, sources
 from daskllm.runtime.process import close_session_on, open_session_on, resident_bytes_on
 from daskllm.runtime.resident import open_files
-from daskllm.types import ModelError
+from daskllm.types import ModelError, ModelSpec
 
 if TYPE_CHECKING:
     from distributed import Client, Scheduler
-
-    from daskllm.types import ModelSpec
 
 __all__ = [
     "check_client",
@@ -35,6 +34,7 @@ __all__ = [
     "open_on",
     "reachable",
     "residency_of",
+    "specify",
     "specs_of",
 ]
 
@@ -105,6 +105,44 @@ def reachable(model: str | os.PathLike[str], checkpoint: Checkpoint) -> tuple[st
         return str(directory.resolve()), None
     commit = checkpoint.path.name
     return str(model), commit if _COMMIT.fullmatch(commit) else None
+
+
+def specify(
+    model: str | os.PathLike[str],
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    quantize: None = None,
+    revision: str | None = None,
+    kv_memory: int | str = "auto",
+    with_content: bool = True,
+) -> tuple[ModelSpec, DecoderConfig]:
+    """A model's specification and description, from its small files and its weight files' headers.
+
+    Args:
+        with_content: read what tells its files from others under the same path, too.
+
+    Others, raises: as `daskllm.load`.
+    """
+    check_options(dtype, device, quantize)
+    memory = kv_bytes(kv_memory)
+    checkpoint = open_checkpoint(model, revision)
+    try:
+        config = describe(checkpoint.config)
+        sources(config, checkpoint.names)
+        path, commit = reachable(model, checkpoint)
+        spec = ModelSpec(
+            path=path,
+            revision=commit,
+            dtype=dtype,
+            device=device,
+            kv_memory=memory,
+            identity=checkpoint.identity,
+            content=checkpoint.content() if with_content else "",
+        )
+    finally:
+        checkpoint.close()
+    return spec, config
 
 
 def files_of(spec: ModelSpec) -> Checkpoint:
