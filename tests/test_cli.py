@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -274,6 +275,96 @@ def _raising(error: Exception) -> Callable[..., Any]:
         raise error
 
     return raising
+
+
+def refuse(*arguments: Any, **options: Any) -> Any:
+    raise AssertionError("this was not to be called")
+
+
+def test_the_same_command_makes_only_what_is_missing(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [f"row {i}" for i in range(300)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    out = tmp_path / "out"
+    command = [
+        "generate", "--model", model, "--input", tmp_path / "in.jsonl", "--prompt", "text", "--output", out,
+        "--max-tokens", 2, "--temperature", 1.0, "--json",
+    ]  # fmt: skip
+    first = last_line(run(*command))
+    parts = sorted(out.glob("part.*"))
+    assert (first["parts"], first["written"]) == (len(parts), len(parts))
+    assert len(parts) > 4
+    before = pd.read_parquet(out)
+    parts[3].unlink()
+    times = [part.stat().st_mtime_ns for part in parts if part.exists()]
+    monkeypatch.setattr(answer, "THREADS_PER_WORKER", 1)  # would cut the rows in other ways
+    again = last_line(run(*command))
+    assert (again["written"], again["rows"], again["out_tokens"]) == (1, 300, first["out_tokens"])
+    assert [part.stat().st_mtime_ns for part in parts if part != parts[3]] == times
+    pd.testing.assert_frame_equal(pd.read_parquet(out), before)
+
+
+def test_a_finished_job_neither_reads_its_input_nor_loads_the_model(
+    model: str, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [
+        "generate", "--model", model, "--input", tmp_path / "cit*.parquet", "--prompt", "About {city}:",
+        "--output", tmp_path / "out", "--max-tokens", 2, "--json",
+    ]  # fmt: skip
+    first = last_line(run(*command))
+    stat = table.stat()
+    table.write_bytes(b"\0" * stat.st_size)
+    os.utime(table, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    for name in ("load", "read_tables", "running_on"):
+        monkeypatch.setattr(answer, name, refuse)
+    again = run(*command)
+    done = last_line(again)
+    assert (done["rows"], done["errors"], done["out_tokens"], done["written"]) == (
+        first["rows"], first["errors"], first["out_tokens"], 0,
+    )  # fmt: skip
+    assert f"{first['parts']} of {first['parts']} parts there before" in again.stderr
+    changed = run(*command, "--max-tokens", 3)
+    assert changed.exit_code == 2
+    assert "sampling.max_tokens: 2 there, 3 now" in changed.stderr
+    for options, words in ((["--no-resume"], "holds a job already"), (["--max-errors", "0%"], "max_errors")):
+        refused = run(*command, *options)
+        assert refused.exit_code == 2
+        assert words in refused.stderr
+    table.unlink()
+    assert last_line(run(*command))["rows"] == first["rows"]
+    told = json.loads((tmp_path / "out" / "_daskllm.json").read_text())
+    (tmp_path / "out" / "_daskllm.json").write_text(json.dumps(told | {"state": "unfinished"}))
+    gone = run(*command)
+    assert gone.exit_code == 2
+    assert "no input file matches" in gone.stderr
+
+
+def test_failed_rows_are_limited_dropped_and_asked_again(model: str, table: Path, tmp_path: Path) -> None:
+    command = [
+        "generate", "--model", model, "--input", table, "--prompt", "About {city}:", "--max-tokens", 2,
+        "--json", "--output",
+    ]  # fmt: skip
+    stopped = run(*command, tmp_path / "out", "--max-errors", 1)
+    assert stopped.exit_code == 2
+    assert "2 of 6 rows failed, and max_errors is 1" in stopped.stderr
+    assert last_line(run(*command, tmp_path / "out", "--max-errors", "50%"))["errors"] == 2
+    again = last_line(run(*command, tmp_path / "out", "--retry-errors"))
+    assert (again["written"], again["errors"], again["rows"]) == (1, 2, 6)
+    dropped = last_line(run(*command, tmp_path / "dropped", "--on-error", "drop"))
+    assert (dropped["rows"], dropped["errors"]) == (4, 2)
+    raised = run(*command, tmp_path / "raised", "--on-error", "raise")
+    assert raised.exit_code == 2
+    assert "row 1 of part 0 failed: column 'city' is null" in raised.stderr
+    begun = last_line(run(*command, tmp_path / "out", "--overwrite", "--max-tokens", 1))
+    assert begun["out_tokens"] == 4
+
+
+def test_a_place_that_cannot_be_written_to_is_one_line(model: str, table: Path) -> None:
+    result = run("generate", "--model", model, "--input", table, "--prompt", "city", "--output", "/proc/out")
+    assert result.exit_code == 2
+    assert "/proc/out cannot be made" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_info_tells_a_model_s_shape(model: str) -> None:

@@ -18,7 +18,7 @@ from tests.fake_session import FakeLLM, FakeSession, FakeSpec
 
 def answered(rows: Path, gate: Path, log: Path) -> dd.DataFrame:
     """The table that this process and the test's own write."""
-    llm = FakeLLM(FakeSpec(log=str(log), gate=str(gate)))
+    llm = FakeLLM(FakeSpec(log=str(log), gate=str(gate), free=1_000_000))
     return dd.read_parquet(str(rows / "*.parquet")).llm.generate(llm, "{text}", temperature=1.0)
 
 
@@ -34,7 +34,7 @@ def main() -> None:
         enter(self, prompts)
 
     FakeSession._enter = enter_free  # type: ignore[method-assign]
-    with dask.config.set(num_workers=2):
+    with dask.config.set(num_workers=8):  # more than wait
         answered(rows, gate, log).llm.to_parquet(out)
 
 

@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import signal
+import string
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import dask
 import dask.dataframe as dd
@@ -139,9 +141,12 @@ def test_a_job_on_a_cluster_that_is_stopped_lets_its_tasks_go(
 
 
 def test_a_full_disk_is_one_clear_error_and_what_was_finished_stays(tmp_path: Path, fake: FakeLLM) -> None:
-    big = "".join(chr(33 + i * i * 7919 % 90) for i in range(400_000))
+    big = "".join(Random(0).choices(string.printable, k=400_000))  # which no compression makes small
     frame = dd.from_pandas(pd.DataFrame({"text": ["a", "b", "c", big]}), npartitions=4)
     table = frame.llm.generate(fake, "text")
+    table.llm.to_parquet(tmp_path / "out")
+    (tmp_path / "out" / max(files(tmp_path / "out"))).unlink()
+    there = files(tmp_path / "out")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, before[1]))
     try:
@@ -155,9 +160,8 @@ def test_a_full_disk_is_one_clear_error_and_what_was_finished_stays(tmp_path: Pa
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert full.value.errno == errno.EFBIG
-    there = files(tmp_path / "out")
-    assert len(there) == 3
-    assert len(list((tmp_path / "out").iterdir())) == 4
+    assert files(tmp_path / "out") == there
+    assert len(list((tmp_path / "out").iterdir())) == 4  # with the manifest, and nothing half written
     assert sorted(pd.read_parquet(tmp_path / "out")["generated"]) == ["<a>", "<b>", "<c>"]
     assert table.llm.to_parquet(tmp_path / "out").written == 1
     assert there.items() <= files(tmp_path / "out").items()
