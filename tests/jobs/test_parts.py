@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import dask
 import dask.dataframe as dd
 import fsspec
 import numpy as np
@@ -145,10 +146,11 @@ def test_parts_can_be_read_while_the_rest_is_made_and_a_stopped_job_goes_on(
         if len(seen) == 2:
             raise InterruptedError("stop")
 
-    with pytest.raises(InterruptedError, match="stop"):
+    # Threads of Dask's that are under way end their parts after the run is given up.
+    with dask.config.set(scheduler="synchronous"), pytest.raises(InterruptedError, match="stop"):
         run(prepare(ask(), tmp_path / "out", client=None), told=look)
     before = files(tmp_path / "out")
-    assert 2 <= len(before) <= PARTS
+    assert len(before) == 2
     answered = fake.rows
     done = ask().llm.to_parquet(tmp_path / "out")
     assert done.written == PARTS - len(before)
@@ -431,8 +433,6 @@ def test_rows_that_were_shown_before_are_not_paid_again(rows: Path, tmp_path: Pa
 
 
 def test_the_processes_scheduler_writes_too(ask: Ask, tmp_path: Path, fake: FakeLLM) -> None:
-    import dask
-
     with dask.config.set(scheduler="processes", num_workers=2):
         assert ask().llm.to_parquet(tmp_path / "out").written == PARTS
     assert len(set(fake.processes)) >= 1
