@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,11 +12,10 @@ from distributed import Client
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from tqdm import tqdm
 
 from daskllm.jobs import Explanation, Job, Manifest, Summary, run
+from daskllm.jobs.watch import progress_bar, watching
 from daskllm.runtime.deploy import local_cluster
-from daskllm.runtime.progress import Increment, follow
 
 __all__ = [
     "THREADS_PER_WORKER",
@@ -56,36 +54,6 @@ def check_cluster(scheduler: str | None, workers: int | None, threads: int | Non
         raise ValueError("--threads counts the tasks in flight per worker: give --workers as well")
 
 
-@contextmanager
-def progress_bar(rows: int | None, done: int, client: Client | None) -> Iterator[list[int]]:
-    """A bar of rows with tokens per second and errors, while the block runs.
-
-    Yields how many rows were remembered, report by report.
-
-    Args:
-        rows: of the table; None where that is not known.
-        done: those that were there before.
-    """
-    begun, tokens, errors = time.perf_counter(), 0, 0
-    remembered: list[int] = []
-    with tqdm(total=rows, initial=done, unit="row", dynamic_ncols=True) as bar:
-
-        def advance(new: Increment) -> None:
-            nonlocal tokens, errors
-            tokens += new.output_tokens
-            errors += new.errors
-            remembered.append(new.remembered)
-            speed = tokens / (time.perf_counter() - begun)
-            bar.set_postfix_str(f"{speed:,.0f} tokens/s, {errors} errors", refresh=False)
-            # A row that a lost worker had answered is reported again by the next.
-            bar.update(new.rows if rows is None else min(new.rows, rows - bar.n))
-
-        with follow(client, advance):
-            yield remembered
-        if rows is not None:
-            bar.update(rows - bar.n)  # the last reports may still be on their way
-
-
 def write(job: Job, client: Client | None, rows: int | None = None) -> tuple[Summary, int]:
     """Run a job to its end, with a bar; how it went, and how many rows were remembered.
 
@@ -93,9 +61,10 @@ def write(job: Job, client: Client | None, rows: int | None = None) -> tuple[Sum
         rows: of the table, where that is known.
     """
     before = job.manifest.totals()["rows"]
-    with progress_bar(rows, before, client) as remembered:
+    left = None if rows is None else rows - before
+    with watching(job.expr, client, left, len(job.left)) as eta, progress_bar(eta, before):
         done = run(job, client)
-    return done, min(sum(remembered), done.rows + done.errors)
+    return done, min(eta.state().remembered, done.rows + done.errors)
 
 
 def finished(job: Manifest, output: str) -> Summary:

@@ -16,7 +16,7 @@ from dask.dataframe.extensions import register_dataframe_accessor
 
 from daskllm.frame.ask import Handle, ask_table, call_over
 from daskllm.frame.explain import explain_table
-from daskllm.jobs import Explanation, FileKind, OnError, Summary, prepare, run
+from daskllm.jobs import BackgroundJob, Explanation, FileKind, OnError, Summary, prepare, run, submit
 from daskllm.runtime.call import Kind
 from daskllm.runtime.cluster import client_for
 from daskllm.types import Pooling
@@ -291,6 +291,27 @@ class DaskAccessor(_Accessor[dd.DataFrame]):
             options: as for `to_json`.
         """
         return self._to_text("csv", path, resume, **options)
+
+    def submit(
+        self, path: str | os.PathLike[str], name: str | None = None, priority: int = 0, **options: Any
+    ) -> BackgroundJob:
+        """As `to_parquet`, in the background: on the current client's cluster, where it goes on when this
+        process ends, or in a thread of this process where there is no client.
+
+        ``daskllm.jobs.find(name, client)`` finds it again from anywhere; `daskllm.jobs.queue` says who waits.
+
+        Args:
+            name: by which it is found; made up if none is given.
+            priority: of its rows on a cluster; more is sooner.
+            options: of `to_parquet`; also ``kind="jsonl"`` or ``"csv"``.
+
+        Returns:
+            The job, with ``status()``, ``progress()``, ``cancel()`` and ``result()``.
+
+        Raises:
+            ValueError: a job of that name is running; otherwise as `to_parquet`, where that can be told now.
+        """
+        return submit(self._table, path, client_for(None), name, priority, **options)
 
     def _to_text(
         self,

@@ -4,6 +4,7 @@ It owns the directory of a job: its parts, each whole or not there, and the mani
 to know how rows are answered, and what a user's table or command looks like.
 """
 
+from daskllm.jobs.background import BackgroundJob, find, names, queue, submit
 from daskllm.jobs.directory import Directory
 from daskllm.jobs.eta import Eta, State
 from daskllm.jobs.explain import explain
@@ -18,6 +19,7 @@ from daskllm.jobs.run import Summary, run
 from daskllm.jobs.watch import progress_bar, watching
 
 __all__ = [
+    "BackgroundJob",
     "Directory",
     "Eta",
     "Explanation",
@@ -31,10 +33,14 @@ __all__ = [
     "State",
     "Summary",
     "explain",
+    "find",
     "look",
+    "names",
     "prepare",
     "progress_bar",
+    "queue",
     "run",
     "stat_input",
+    "submit",
     "watching",
 ]

@@ -1,0 +1,145 @@
+"""Jobs in the background: found by name, watched, cancelled, outliving the client that submitted them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dask.dataframe as dd
+import pandas as pd
+import pytest
+from distributed import Client, LocalCluster
+
+import daskllm.jobs as jobs
+from daskllm.runtime.process import session_for
+from tests.fake_session import FakeLLM
+
+TABLE = pd.DataFrame({"text": [f"row {i}" for i in range(40)]})
+
+
+def until(true: Callable[[], Any], seconds: float = 30.0) -> Any:
+    """What it gives once that is true; what is waited for is a state, whenever it comes."""
+    end = time.monotonic() + seconds
+    while not (found := true()):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return found
+
+
+def answers(llm: FakeLLM, partitions: int = 4) -> Any:
+    return dd.from_pandas(TABLE, npartitions=partitions).llm.generate(llm, "text")
+
+
+def written(path: Path) -> list[str]:
+    return pd.read_parquet(path).sort_index()["generated"].tolist()
+
+
+EXPECTED = [f"<row {i}>" for i in range(40)]
+
+
+def test_a_thread_of_this_process(gated: FakeLLM, tmp_path: Path) -> None:
+    job = answers(gated).llm.submit(str(tmp_path / "out"), name="here")
+    until(lambda: gated.rows)
+    assert job.status() == "running"
+    assert jobs.find("here") is job
+    assert "here" in jobs.names()
+    with pytest.raises(TimeoutError):
+        job.result(timeout=0.01)
+    with pytest.raises(ValueError, match="'here' is running"):
+        answers(gated).llm.submit(str(tmp_path / "other"), name="here")
+    Path(str(gated.spec.gate)).touch()
+    assert job.result(timeout=30).rows == 40
+    assert (job.status(), job.progress().rows, job.progress().eta) == ("finished", 40, 0)
+    assert written(tmp_path / "out") == EXPECTED
+
+
+def test_a_thread_is_cancelled_and_goes_on_from_there(gated: FakeLLM, tmp_path: Path) -> None:
+    job = answers(gated).llm.submit(str(tmp_path / "out"), name="stopped")
+    until(lambda: gated.rows)
+    job.cancel()
+    assert session_for(gated.spec).interrupted.wait(10)  # type: ignore[arg-type,attr-defined]
+    with pytest.raises(InterruptedError):
+        job.result(timeout=30)
+    assert job.status() == "cancelled"
+    Path(str(gated.spec.gate)).touch()
+    again = answers(gated).llm.submit(str(tmp_path / "out"), name="stopped")
+    again.result(timeout=30)
+    assert written(tmp_path / "out") == EXPECTED
+
+
+def test_what_is_refused_is_refused_at_once(fake: FakeLLM, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ValueError, match="not empty"):
+        answers(fake).llm.submit(str(tmp_path))
+    with pytest.raises(TypeError, match="name must be text"):
+        answers(fake).llm.submit(str(tmp_path / "out"), name=3)
+    with pytest.raises(TypeError, match="priority must be an integer"):
+        answers(fake).llm.submit(str(tmp_path / "out"), priority="high")
+    with pytest.raises(KeyError, match="no job is named 'nobody'"):
+        jobs.find("nobody")
+    assert fake.rows == 0
+
+
+def test_a_job_that_fails_says_why(fake: FakeLLM, tmp_path: Path) -> None:
+    table = pd.DataFrame({"text": ["a", None, "b"]})
+    out = dd.from_pandas(table, npartitions=1).llm.generate(fake, "text")
+    job = out.llm.submit(str(tmp_path / "out"), name="failing", on_error="raise")
+    with pytest.raises(Exception, match="null"):
+        job.result(timeout=30)
+    assert job.status() == "failed"
+
+
+@pytest.mark.cluster
+def test_a_job_outlives_its_client_and_is_found_by_name(
+    gated: FakeLLM, two_processes_cluster: LocalCluster, tmp_path: Path
+) -> None:
+    with Client(two_processes_cluster) as first:
+        job = answers(gated).llm.submit(str(tmp_path / "out"), name="night", priority=-3)
+        until(lambda: gated.rows)
+        assert job.status() == "running"
+        assert jobs.queue(first)[-3]["running"] > 0
+    with Client(two_processes_cluster) as second:
+        found = jobs.find("night", second)
+        assert (found.name, found.path, found.priority) == ("night", str(tmp_path / "out"), -3)
+        assert "night" in jobs.names(second)
+        assert found.status() == "running"
+        until(lambda: found.progress().total_rows == 40)
+        with pytest.raises(ValueError, match="'night' is running"):
+            answers(gated).llm.submit(str(tmp_path / "other"), name="night")
+        Path(str(gated.spec.gate)).touch()
+        assert found.result(timeout=60).rows == 40
+        assert (found.status(), found.progress().rows) == ("finished", 40)
+        assert jobs.find("night", second).status() == "finished"
+        with pytest.raises(KeyError, match="'night'"):
+            jobs.find("day", second)
+    assert written(tmp_path / "out") == EXPECTED
+
+
+@pytest.mark.cluster
+def test_a_job_is_cancelled_by_whoever_finds_it(
+    gated: FakeLLM, two_processes_cluster: LocalCluster, tmp_path: Path
+) -> None:
+    with (
+        Client(two_processes_cluster) as first,
+        Client(two_processes_cluster, set_as_default=False) as second,
+    ):
+        job = answers(gated).llm.submit(str(tmp_path / "out"), name="unwanted", priority=5)
+        until(lambda: gated.rows)
+        jobs.find("unwanted", second).cancel()
+        until(lambda: not jobs.queue(first))
+        until(lambda: all(not running for running in first.run(_running, gated.spec).values()))
+        assert until(lambda: job.status() == "cancelled")
+        assert jobs.find("unwanted", first).status() == "cancelled"
+        with pytest.raises(InterruptedError):
+            job.result(timeout=10)
+        Path(str(gated.spec.gate)).touch()
+        again = answers(gated).llm.submit(str(tmp_path / "out"), name="unwanted")
+        assert again.result(timeout=60).rows == 40
+    assert written(tmp_path / "out") == EXPECTED
+
+
+def _running(spec: Any) -> int:
+    """Calls that this worker's session is in."""
+    return int(session_for(spec).running)  # type: ignore[attr-defined]
