@@ -102,6 +102,7 @@ def measure(
     revision: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    quantize: str | None = None,
     kv_memory: int | str = "auto",
     profile: bool = False,
 ) -> dict[str, Any]:
@@ -127,7 +128,13 @@ def measure(
             than its context holds.
         RuntimeError: a row did not yield exactly the tokens it asks for, so that the time means nothing.
     """
-    options: dict[str, Any] = {"revision": revision, "dtype": dtype, "device": device, "kv_memory": kv_memory}
+    options: dict[str, Any] = {
+        "revision": revision,
+        "dtype": dtype,
+        "device": device,
+        "quantize": quantize,
+        "kv_memory": kv_memory,
+    }
     for name, given in (("threads", threads), ("stages", stages)):
         if workers is None and given is not None:
             raise ValueError(f"{name}= is about the workers of a cluster: give workers= as well")
@@ -284,6 +291,7 @@ def _engine(session: Session) -> dict[str, Any]:
     return {
         "dtype": str(keys[0].dtype).removeprefix("torch."),
         "device": session.engine.runner.device,
+        "quantize": session.spec.quantize,
         "kv_mb": round(2 * sum(tensor.nbytes for tensor in keys) / MEGABYTE, 3),
         "preemptions": metrics.preemptions,
         "reused_tokens": metrics.reused_tokens,

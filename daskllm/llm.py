@@ -81,7 +81,8 @@ class LLM:
 
     def __repr__(self) -> str:
         spec = self.spec
-        return f"<LLM {spec.path} dtype={spec.dtype} device={spec.device}>"
+        quantized = "" if spec.quantize is None else f" quantize={spec.quantize}"
+        return f"<LLM {spec.path} dtype={spec.dtype} device={spec.device}{quantized}>"
 
     def session(self) -> Session:
         """This process's open model; opens it where that has not happened yet.
@@ -343,7 +344,7 @@ def load(
     *,
     dtype: str = "auto",
     device: str = "auto",
-    quantize: None = None,
+    quantize: str | None = None,
     revision: str | None = None,
     client: Client | None = None,
     plan: Plan | Literal["auto"] = "auto",
@@ -362,7 +363,9 @@ def load(
         model: a directory, or a Hub id (``"org/name"``).
         dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
         device: "auto" (a GPU where there is one), "cpu" or "cuda".
-        quantize: None, weights as they are.
+        quantize: None, weights as they are; "int8", the matrices of the layers and the head in eight bits
+            with a scale for each output channel, multiplied with inputs in eight bits: half the memory that
+            they take in bfloat16, and other answers. On CPUs.
         revision: branch, tag or commit of a Hub id.
         client: the Dask client whose workers answer lists, Series and pandas tables.
         plan: a `daskllm.graph.Plan` over the client's workers, named by their addresses; "auto" makes one.

@@ -79,6 +79,7 @@ class ModelSpec:
         revision: of a Hub id.
         dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
         device: "auto" (a GPU where there is one), "cpu" or "cuda".
+        quantize: "int8" for matrices in eight bits; None for weights as they are.
         kv_memory: bytes of KV cache per process; None takes a share of the memory that is free.
         identity: the checkpoint's, so that a changed directory is another model.
         content: the checkpoint's, by which a process knows a copy of the directory from another model.
@@ -93,6 +94,7 @@ class ModelSpec:
     revision: str | None = None
     dtype: str = "auto"
     device: str = "auto"
+    quantize: str | None = None
     kv_memory: int | None = None
     identity: str = ""
     content: str = ""

@@ -51,6 +51,7 @@ class FakeSpec:
     path: str = "fake"
     dtype: str = "none"
     device: str = "none"
+    quantize: None = None
     stages: tuple[()] = ()
     chains: tuple[()] = ()
     identity: str = "fake"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,12 @@ from tests import tiny
 
 Seen = dict[tuple[int, ...], torch.Tensor]
 CONFIGS = ("llama-gqa", "qwen3-bias-window", "gpt2-untied-gelu-odd", "llama-head-dim", "mistral-window")
+DTYPES: dict[str, dict[str, Any]] = {
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"dtype": "bfloat16", "quantize": "int8"},
+    "int8-float32": {"dtype": "float32", "quantize": "int8"},
+}
 GREEDY = SamplingParams(max_tokens=40, ignore_eos=True)
 
 
@@ -45,7 +52,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
 def run(path: Path, dtype: str, seen: Seen, prompts: list[list[int]], **changes: int) -> tuple[Seen, Session]:
     """What one way of running the prompts gives; changes: step_tokens, kv_memory, threads, at_once, reuse."""
     seen.clear()
-    session = Session.open(ModelSpec(path=str(path), dtype=dtype, kv_memory=changes.get("kv_memory")))
+    session = Session.open(ModelSpec(path=str(path), **DTYPES[dtype], kv_memory=changes.get("kv_memory")))
     try:
         session.engine._threads = changes.get("threads", torch.get_num_threads())
         session.engine.batcher.max_tokens = changes.get("step_tokens", 512)
@@ -58,10 +65,10 @@ def run(path: Path, dtype: str, seen: Seen, prompts: list[list[int]], **changes:
     return dict(seen), session
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_same_bits(name: str, dtype: str, tmp_path: Path, seen: Seen) -> None:
-    path = tiny.make_model(name, tmp_path / "model", dtype=dtype)
+    path = tiny.make_model(name, tmp_path / "model", dtype=DTYPES[dtype]["dtype"])
     prompts = rows()
     alone, _ = run(path, dtype, seen, prompts, at_once=1)
     assert len(alone) >= 40 * len(prompts) * 0.9
@@ -76,7 +83,7 @@ def test_same_bits(name: str, dtype: str, tmp_path: Path, seen: Seen) -> None:
     one_thread, session = run(path, dtype, seen, prompts, threads=1)
     assert same(one_thread)
     config = session.config
-    itemsize = 4 if dtype == "float32" else 2
+    itemsize = 4 if DTYPES[dtype]["dtype"] == "float32" else 2
     block = bytes_per_block(config.num_layers, config.num_kv_heads, config.head_dim, itemsize)
     small, session = run(path, dtype, seen, prompts, kv_memory=8 * block)
     assert same(small)

@@ -89,6 +89,7 @@ def generate(
     revision: str | None,
     dtype: str,
     device: str,
+    quantize: str | None,
     kv_memory: str,
     **sampling: Any,
 ) -> None:
@@ -96,7 +97,13 @@ def generate(
 
     The same command goes on where an earlier one was cut off, part by part.
     """
-    loading: dict[str, Any] = {"revision": revision, "dtype": dtype, "device": device, "kv_memory": kv_memory}
+    loading: dict[str, Any] = {
+        "revision": revision,
+        "dtype": dtype,
+        "device": device,
+        "quantize": quantize,
+        "kv_memory": kv_memory,
+    }
     place: dict[str, Any] = {"resume": not no_resume, "overwrite": overwrite, "on_error": on_error}
     with failures():
         question = Question(prompt, column, chat, system, given(sampling))

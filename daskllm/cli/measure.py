@@ -28,6 +28,7 @@ def bench(
     revision: str | None,
     dtype: str,
     device: str,
+    quantize: str | None,
     kv_memory: str,
     work: str,
     workers: int | None,
@@ -48,6 +49,7 @@ def bench(
             revision=revision,
             dtype=dtype,
             device=device,
+            quantize=quantize,
             kv_memory=kv_memory,
             profile=profile,
         )

@@ -99,6 +99,7 @@ loading_options = all_of(
         help="Of the arithmetic; auto is the checkpoint's own.",
     ),
     click.option("--device", default="auto", help="cpu, cuda or auto."),
+    click.option("--quantize", type=click.Choice(["int8"]), help="Weights in eight bits; CPUs only."),
     click.option("--kv-memory", default="auto", help="Of the KV cache in each process, such as 2GiB."),
 )
 answers_option = click.option(

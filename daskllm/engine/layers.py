@@ -89,15 +89,22 @@ class ResidentModel:
         version: of its weights.
         device: "cpu" or "cuda".
         dtype: what weights are kept and multiplied in.
+        quantize: "int8" where products are of weights and inputs in eight bits, else None.
         kernels: the operations for both.
         angles: of its rotary positions.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, config: DecoderConfig, device: str, dtype: str, version: int = 0
+        self,
+        checkpoint: Checkpoint,
+        config: DecoderConfig,
+        device: str,
+        dtype: str,
+        version: int = 0,
+        quantize: str | None = None,
     ) -> None:
         self.checkpoint, self.config, self.device, self.dtype = checkpoint, config, device, dtype
-        self.version = version
+        self.version, self.quantize = version, quantize
         self.kernels = kernels.select(device, array.DTYPES[dtype])
         self.angles = Angles(config, device)
         # The same files may be open twice, with other settings: each has blocks of its own.
@@ -116,13 +123,15 @@ class ResidentModel:
 
         Raises:
             ModelError: the directory cannot be read or describes no known model.
-            ValueError: the device asked for is not there.
+            ValueError: the device asked for is not there, or cannot do what is asked.
         """
         checkpoint = checkpoint or open_checkpoint(spec.path, spec.revision)
         config = describe(checkpoint.config)
         device = pick_device(spec.device)
+        if device != "cpu" and spec.quantize is not None:
+            raise ValueError(f'quantize="{spec.quantize}" is for CPUs in this version: add device="cpu"')
         wanted = config.dtype if spec.dtype == "auto" else spec.dtype
-        return cls(checkpoint, config, device, compute_dtype(wanted, device), spec.version)
+        return cls(checkpoint, config, device, compute_dtype(wanted, device), spec.version, spec.quantize)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -183,10 +192,10 @@ class ResidentModel:
     def _prepare(self, name: str) -> Layer:
         self._load(name)
         self._copied = []
-        # Packing lets blocks go, and what it makes of them is of their size.
+        # Packing lets blocks go; what it makes of them is of their size, unless `_linear` says otherwise.
         self._sizes[name] = STORE.nbytes(self._model, name)
         layer = self._assemble(name)
-        if self.kernels.PACKS and self._copied:
+        if (self.kernels.PACKS or self.quantize) and self._copied:
             release_packed(self._model, name, version=self.version, names=self._copied)
         return layer
 
@@ -221,7 +230,11 @@ class ResidentModel:
         weights = [self._block(layer, f"{name}.weight") for name in names]
         biases = [b for name in names if (b := self._optional(layer, f"{name}.bias")) is not None]
         self._copied += [f"{name}.weight" for name in names]
-        return self.kernels.pack(weights, biases or None)
+        if self.quantize is None:
+            return self.kernels.pack(weights, biases or None)
+        packed = self.kernels.pack_int8(weights, biases or None)
+        self._sizes[layer] += packed.nbytes - sum(block.nbytes for block in (*weights, *biases))
+        return packed
 
 
 def pick_device(device: str) -> str:

@@ -31,6 +31,13 @@ class _Sizes:
     config: DecoderConfig
     item: int
     shards: int
+    quantized: bool
+
+    def linear(self, weights: int, channels: int, biases: int = 0) -> int:
+        """Bytes of matrices with so many weights, output channels and biases."""
+        if not self.quantized:
+            return (weights + biases) * self.item
+        return weights + 4 * (channels + biases)  # scales and biases are float32
 
     @property
     def norm(self) -> int:
@@ -43,28 +50,31 @@ class _Sizes:
         return [(stop - size, stop) for size, stop in zip(sizes, accumulate(sizes), strict=True)]
 
 
-def decoder_opening(config: DecoderConfig, dtype: str, shards: int) -> Opening:
+def decoder_opening(config: DecoderConfig, dtype: str, shards: int, quantize: str | None = None) -> Opening:
     """Embedding, blocks and head of a decoder, in order, each with its own inside.
 
     Args:
         dtype: of weights, KV and activations.
         shards: head groups, MLP columns and vocabulary shards that a block opens into.
+        quantize: "int8" for matrices of one byte a weight and a float32 scale for each output channel.
 
     Raises:
-        ValueError: unknown dtype, or ``shards`` below 1.
+        ValueError: unknown dtype or quantisation, or ``shards`` below 1.
     """
     if dtype not in ITEMSIZE:
         raise ValueError(f"dtype must be one of {', '.join(ITEMSIZE)}, not {dtype!r}")
+    if quantize not in (None, "int8"):
+        raise ValueError(f'quantize must be None or "int8", not {quantize!r}')
     if isinstance(shards, bool) or not isinstance(shards, int) or shards < 1:
         raise ValueError(f"shards must be an integer of at least 1, not {shards!r}")
-    sizes = _Sizes(config, ITEMSIZE[dtype], shards)
+    sizes = _Sizes(config, ITEMSIZE[dtype], shards, quantize is not None)
     whole = replace(sizes, shards=1)
     nodes = [_whole("embed", "embed", _embed(whole), _embed(sizes))]
     nodes += [
         _whole(f"layers.{i}", "layer", _layer(whole, i), _layer(sizes, i)) for i in range(config.num_layers)
     ]
     nodes.append(_whole("head", "head", _head(whole), _head(sizes)))
-    if config.tied:
+    if config.tied and not sizes.quantized:
         nodes[-1] = replace(nodes[-1], tied=("embed", config.vocab_size * config.hidden_size * sizes.item))
     edges = [Edge(a.name, b.name) for a, b in pairwise(nodes)]
     return Opening(tuple(nodes), tuple(edges), ("embed",), ("head",))
@@ -143,12 +153,15 @@ def _head(s: _Sizes) -> Opening:
         Node(
             f"head.shards.{i}",
             "vocabulary_shard",
-            weight_bytes=(stop - start) * c.hidden_size * s.item,
+            weight_bytes=s.linear((stop - start) * c.hidden_size, stop - start),
             flops_per_token=2 * c.hidden_size * (stop - start),
             activation_bytes=(c.hidden_size + stop - start) * s.item,
             output_bytes=(stop - start) * s.item,
             last_only=True,
-            tied=(f"embed.shards.{i}", (stop - start) * c.hidden_size * s.item) if c.tied else None,
+            # In eight bits the head is a copy of its own, not the embedding.
+            tied=(f"embed.shards.{i}", (stop - start) * c.hidden_size * s.item)
+            if c.tied and not s.quantized
+            else None,
             attributes={"layer": "head", "blocks": ["lm_head.weight"], "rows": [start, stop]},
         )
         for i, (start, stop) in enumerate(cuts)
@@ -226,7 +239,8 @@ def _attention(s: _Sizes, index: int) -> Opening:
                 f"{name}.heads.{i}",
                 "head_group",
                 # A group needs the head norms whole, so cutting repeats their 2 x head_dim numbers.
-                weight_bytes=(weights + biases + (2 * c.head_dim if c.qk_norm else 0)) * s.item,
+                weight_bytes=s.linear(weights, queries + 2 * keys + c.hidden_size, biases)
+                + (2 * c.head_dim * s.item if c.qk_norm else 0),
                 flops_per_token=2 * weights + biases,
                 flops_per_position=4 * queries,
                 kv_bytes=2 * keys * s.item,
@@ -252,7 +266,7 @@ def _mlp(s: _Sizes, index: int) -> Opening:
             Node(
                 f"{name}.columns.{i}",
                 "mlp_columns",
-                weight_bytes=(weights + biases) * s.item,
+                weight_bytes=s.linear(weights, ins * width + c.hidden_size, biases),
                 flops_per_token=2 * weights + biases + 4 * width,
                 activation_bytes=(2 * c.hidden_size + ins * width) * s.item,
                 output_bytes=c.hidden_size * s.item,

@@ -92,19 +92,27 @@ class LayerGraph:
             path.append(before)
 
     @classmethod
-    def of(cls, config: DecoderConfig, dtype: str | None = None, *, shards: int | None = None) -> LayerGraph:
+    def of(
+        cls,
+        config: DecoderConfig,
+        dtype: str | None = None,
+        *,
+        shards: int | None = None,
+        quantize: str | None = None,
+    ) -> LayerGraph:
         """The graph of a decoder from its description alone: ``embed``, ``layers.0`` …, ``head``.
 
         Args:
             dtype: of weights, KV and activations; the checkpoint's own by default.
             shards: into how many head groups, MLP columns and vocabulary shards a block opens; by default
                 one per KV head.
+            quantize: "int8" for matrices in eight bits, as `daskllm.load` has it.
 
         Raises:
-            ValueError: unknown dtype, or ``shards`` below 1.
+            ValueError: unknown dtype or quantisation, or ``shards`` below 1.
         """
         inside = decoder_opening(
-            config, dtype or config.dtype, config.num_kv_heads if shards is None else shards
+            config, dtype or config.dtype, config.num_kv_heads if shards is None else shards, quantize
         )
         return cls(inside.nodes, inside.edges, config.family)
 

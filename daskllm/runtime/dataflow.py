@@ -22,6 +22,7 @@ from daskllm.graph import LayerGraph, Node
 from daskllm.models import layer_names
 from daskllm.runtime.process import keeping
 from daskllm.runtime.resident import model_for
+from daskllm.runtime.sizes import graph_of
 
 if TYPE_CHECKING:
     from daskllm.engine.pieces import Array, Past
@@ -175,10 +176,11 @@ def logits(
         raise ValueError(f'fuse must be "layer" or "stage", not {fuse!r}')
     if isinstance(shards, bool) or not isinstance(shards, int) or shards < 1:
         raise ValueError(f"shards must be an integer of at least 1, not {shards!r}")
-    dtype = config.dtype if spec.dtype == "auto" else spec.dtype
+    if shards > 1 and spec.quantize is not None:
+        raise ValueError(f'shards={shards} cuts weights as they are: with quantize="{spec.quantize}" leave 1')
     if shards > 1:
         return forward(spec, LayerGraph.of(config, shards=shards).open_all(), ids)
-    graph = LayerGraph.of(config, dtype)
+    graph = graph_of(spec, config)
     if fuse == "layer":
         return forward(spec, graph, ids)
     chains = spec.chains

@@ -8,13 +8,14 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from daskllm.graph import LayerGraph
 from daskllm.models import DecoderConfig, describe
 from daskllm.runtime.loading import files_of
+from daskllm.runtime.sizes import graph_of
 from daskllm.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from daskllm.checkpoint import Checkpoint
+    from daskllm.graph import LayerGraph
     from daskllm.types import ModelSpec
 
 __all__ = ["Facts"]
@@ -51,5 +52,4 @@ class Facts:
     @cached_property
     def graph(self) -> LayerGraph:
         """Its layers with their costs, in the type that it is loaded in."""
-        dtype = self.config.dtype if self.spec.dtype == "auto" else self.spec.dtype
-        return LayerGraph.of(self.config, dtype)
+        return graph_of(self.spec, self.config)

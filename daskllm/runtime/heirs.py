@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from daskllm.graph import PlanError
 from daskllm.runtime.devices import recorded_speeds
 from daskllm.runtime.placing import chains_of, cluster_of, plan_on
+from daskllm.runtime.sizes import dtype_of
 from daskllm.runtime.wire import Node, ask
 
 if TYPE_CHECKING:
@@ -50,8 +51,7 @@ async def succeed(
     """
     if (known := await _latest(node, spec)) != spec:
         return known
-    dtype = config.dtype if spec.dtype == "auto" else spec.dtype
-    speeds = await recorded_speeds(node, dtype, spec.device)
+    speeds = await recorded_speeds(node, dtype_of(spec, config), spec.device)
     loop = asyncio.get_running_loop()
     patience = loop.time() + JOIN_SECONDS
     while True:
@@ -118,7 +118,6 @@ def _planned(
     Args:
         give_up: leave it out where others do, too.
     """
-    dtype = config.dtype if spec.dtype == "auto" else spec.dtype
     used = {stage.worker for chain in spec.chains if chain not in gone for stage in chain.stages}
     free = {address: facts for address, facts in answering.items() if address not in used}
     chains: list[tuple[StageSpec, ...]] = []
@@ -129,7 +128,7 @@ def _planned(
             continue
         try:
             count = min(len(chain.stages), len(free))
-            plan = plan_on(cluster_of(free, speeds=speeds), config, dtype, count)
+            plan = plan_on(cluster_of(free, speeds=speeds), spec, config, count)
             (stages,) = chains_of(plan, config, free)
         except (PlanError, ValueError) as error:
             failure = error

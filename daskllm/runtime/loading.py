@@ -40,6 +40,7 @@ __all__ = [
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+QUANTIZE = (None, "int8")
 ALLOWED_FAILURES = 20
 """How many workers may die while a task is theirs before Dask calls it the cause (``KilledWorker``).
 
@@ -59,11 +60,13 @@ def check_options(dtype: Any, device: Any, quantize: Any) -> None:
     for name, value, allowed in (
         ("dtype", dtype, DTYPES),
         ("device", device, DEVICES),
-        ("quantize", quantize, (None,)),
+        ("quantize", quantize, QUANTIZE),
     ):
         if not any(value is one or (type(value) is type(one) and value == one) for one in allowed):
             listed = " or ".join(repr(one) for one in allowed)
             raise ValueError(f"{name} must be {listed} in this version, not {value!r}")
+    if device == "cuda" and quantize is not None:
+        raise ValueError(f'quantize="{quantize}" is for CPUs in this version: device="cuda" cannot have it')
 
 
 def check_client(client: Any) -> None:
@@ -112,7 +115,7 @@ def specify(
     *,
     dtype: str = "auto",
     device: str = "auto",
-    quantize: None = None,
+    quantize: str | None = None,
     revision: str | None = None,
     kv_memory: int | str = "auto",
     with_content: bool = True,
@@ -136,6 +139,7 @@ def specify(
             revision=commit,
             dtype=dtype,
             device=device,
+            quantize=quantize,
             kv_memory=memory,
             identity=checkpoint.identity,
             content=checkpoint.content() if with_content else "",

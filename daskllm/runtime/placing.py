@@ -13,10 +13,11 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 from daskllm import machine
-from daskllm.graph import Cluster, Device, LayerGraph, Link, Measured, Plan, PlanError, Workload, make_plan
+from daskllm.graph import Cluster, Device, Link, Measured, Plan, PlanError, Workload, make_plan
 from daskllm.models import layer_names
 from daskllm.runtime.devices import Rate, Speeds, measured_speeds
 from daskllm.runtime.process import engine_times, engine_times_on
+from daskllm.runtime.sizes import dtype_of, graph_of
 from daskllm.types import StageSpec
 
 if TYPE_CHECKING:
@@ -155,21 +156,21 @@ def place(
     Raises: as `plan_on` and `chains_of`.
     """
     if not isinstance(plan, Plan):
-        dtype = config.dtype if spec.dtype == "auto" else spec.dtype
-        if replicas == "auto" and (stages == 1 or (stages == "auto" and _fits_each(client, config, dtype))):
+        if replicas == "auto" and (stages == 1 or (stages == "auto" and _fits_each(client, spec, config))):
             return spec
-        plan = plan_on(live_cluster(client, dtype, spec.device), config, dtype, stages, replicas)
+        cluster = live_cluster(client, dtype_of(spec, config), spec.device)
+        plan = plan_on(cluster, spec, config, stages, replicas)
     return spec.with_chains(chains_of(plan, config, client.scheduler_info(n_workers=-1)["workers"]))
 
 
-def _fits_each(client: Client, config: DecoderConfig, dtype: str) -> bool:
+def _fits_each(client: Client, spec: ModelSpec, config: DecoderConfig) -> bool:
     """Whether the whole model goes on every worker: how fast they are is not worth a measurement then."""
-    plan = plan_on(live_cluster(client), config, dtype, "auto", "auto")
+    plan = plan_on(live_cluster(client), spec, config, "auto", "auto")
     return len(plan.replicas) == len(client.scheduler_info(n_workers=-1)["workers"])
 
 
 def plan_on(
-    cluster: Cluster, config: DecoderConfig, dtype: str, stages: Stages, replicas: Replicas = 1
+    cluster: Cluster, spec: ModelSpec, config: DecoderConfig, stages: Stages, replicas: Replicas = 1
 ) -> Plan:
     """The plan of a model on workers: so many replicas of so many stages.
 
@@ -180,7 +181,7 @@ def plan_on(
         ValueError: more stages than workers or layers, more replicas than workers for them.
         PlanError: nothing fits; the message says which layer does not fit where and what would help.
     """
-    graph = LayerGraph.of(config, dtype)
+    graph = graph_of(spec, config)
     workers = len(cluster.devices)
     for count, what in ((len(graph.nodes), "layers of the model"), (workers, "workers")):
         if stages != "auto" and stages > count:
@@ -211,10 +212,9 @@ def plan_of(spec: ModelSpec, config: DecoderConfig, client: Client | None) -> Pl
     Raises:
         PlanError: a stage's worker is gone, or has not the memory.
     """
-    dtype = config.dtype if spec.dtype == "auto" else spec.dtype
-    graph = LayerGraph.of(config, dtype)
+    graph = graph_of(spec, config)
     here = Cluster((Device(HERE, memory=machine.total_memory()),))
-    cluster = here if client is None else live_cluster(client, dtype, spec.device)
+    cluster = here if client is None else live_cluster(client, dtype_of(spec, config), spec.device)
     assignment = [[(device.name, layer_names(config))] for device in cluster.devices]
     if spec.chains:
         assignment = [[(stage.worker, stage.layers) for stage in chain.stages] for chain in spec.chains]

@@ -46,6 +46,55 @@ def test_linear(dtype: torch.dtype, into: int, out: int, bias: bool) -> None:
 
 
 @DTYPES
+@pytest.mark.parametrize(("into", "out"), [(1, 16), (15, 5), (16, 96), (44, 70), (66, 100), (576, 500)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_int8_linear_is_the_reference_to_the_bit(dtype: torch.dtype, into: int, out: int, bias: bool) -> None:
+    x, weight = random(13, into, dtype=dtype), random(out, into, dtype=dtype) / into**0.5
+    x[3], weight[2] = 0, 0
+    x[4] *= 1000
+    b = random(out, dtype=dtype) if bias else None
+    # Rows of a larger table, as a part of a fused weight is.
+    weights = torch.cat((weight, weight), 1)[:, :into].split([3, out - 3])
+    biases = None if b is None else b.split([3, out - 3])
+    packed = cpu.pack_int8(weights, biases)
+    found = cpu.linear(x, packed)
+    assert torch.equal(found, reference.linear(x, reference.pack_int8(weights, biases)))
+    assert found.dtype == dtype
+    assert packed.nbytes < max(out + 16, 96) * (into + 4 + 8)
+    error = (found.double() - reference.linear(x, reference.pack([weight], None if b is None else [b]))).abs()
+    # Half a step of the inputs' and of the weights' grid for each product.
+    bound = x.abs().amax(1, keepdim=True) * weight.abs().amax(1) * into * (2 / 254 + 1 / 254**2)
+    assert (error <= bound.double() + 2**-7 * found.abs().double() + 1e-5).all()
+    for rows in (1, 2, 3, 4, 5, 9):
+        assert torch.equal(cpu.linear(x[:rows], packed), found[:rows])
+        assert torch.equal(cpu.linear(x[-rows:], packed), found[-rows:])
+
+
+def test_int8_products_need_no_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits from instructions that any machine has."""
+    import numba
+    from numba import types
+
+    from daskllm.engine.kernels.cpu import vnni
+
+    monkeypatch.setattr(vnni, "_VNNI", "no such instruction")
+
+    @numba.njit
+    def tile(x, w, quads, minus, out):  # type: ignore[no-untyped-def]
+        vnni.dot_tile(x, 0, w, 0, quads, minus, 0, out)
+
+    x = torch.randint(-127, 128, (vnni.TILE_ROWS, 8), dtype=torch.int8)
+    w = torch.randint(1, 256, (vnni.TILE_COLUMNS, 2, 16, 4), dtype=torch.uint8)
+    minus = torch.arange(vnni.TILE_ROWS, dtype=torch.int32)
+    out = torch.empty(vnni.TILE_ROWS, vnni.TILE_COLUMNS * 16, dtype=torch.int32)
+    tile(x.flatten().numpy(), w.flatten().numpy(), 2, minus.numpy(), out.flatten().numpy())
+    expected = x.double() @ w.transpose(1, 2).reshape(-1, 8).double().T - minus[:, None]
+    assert torch.equal(out.double(), expected)
+    assert "vpdpbusd" not in tile.inspect_asm(tile.signatures[0])
+    assert isinstance(tile.signatures[0][2], types.Integer)
+
+
+@DTYPES
 @SIZES
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 @pytest.mark.parametrize("added", [False, True])

@@ -12,7 +12,8 @@ import torch
 from daskllm.engine.batch import Batch, Chunk
 from daskllm.engine.kernels import cpu
 from daskllm.engine.kernels.composed import Composed
-from daskllm.engine.kernels.cpu.stack import PHASES, Stack
+from daskllm.engine.kernels.cpu.stack import Stack
+from daskllm.engine.kernels.cpu.stack_int8 import StackInt8
 from daskllm.engine.kvcache import KVCache
 from daskllm.engine.layers import ResidentModel
 from daskllm.models import layer_names
@@ -26,8 +27,8 @@ CHUNKS = (
 )
 
 
-def opened(path: Path, dtype: str) -> ResidentModel:
-    return ResidentModel.open(ModelSpec(path=str(path), dtype=dtype, device="cpu"))
+def opened(path: Path, dtype: str, quantize: str | None = None) -> ResidentModel:
+    return ResidentModel.open(ModelSpec(path=str(path), dtype=dtype, device="cpu", quantize=quantize))
 
 
 def cache(model: ResidentModel, layers: Sequence[object]) -> KVCache:
@@ -40,11 +41,14 @@ def cache(model: ResidentModel, layers: Sequence[object]) -> KVCache:
     return made
 
 
+@pytest.mark.parametrize("quantize", [None, "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", sorted(tiny.CONFIGS))
 @pytest.mark.parametrize("threads", [1, 2])
-def test_one_call_is_the_operations_in_turn(name: str, dtype: str, threads: int, tmp_path: Path) -> None:
-    model = opened(tiny.make_model(name, tmp_path), dtype)
+def test_one_call_is_the_operations_in_turn(
+    name: str, dtype: str, quantize: str | None, threads: int, tmp_path: Path
+) -> None:
+    model = opened(tiny.make_model(name, tmp_path), dtype, quantize)
     layers = [model.layer(one) for one in layer_names(model.config) if one.startswith("layers.")]
     found = []
     before = torch.get_num_threads()
@@ -68,14 +72,15 @@ def test_one_call_is_the_operations_in_turn(name: str, dtype: str, threads: int,
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
-def test_seconds_are_told_by_phase(tmp_path: Path) -> None:
-    model = opened(tiny.make_model("llama-gqa", tmp_path), "bfloat16")
+@pytest.mark.parametrize(("quantize", "kind"), [(None, Stack), ("int8", StackInt8)])
+def test_seconds_are_told_by_phase(quantize: str | None, kind: type[Stack], tmp_path: Path) -> None:
+    model = opened(tiny.make_model("llama-gqa", tmp_path), "bfloat16", quantize)
     layers = [model.layer("layers.0"), model.layer("layers.1")]
     held = cache(model, layers)
     run = cpu.stack(layers, held.keys, held.values, model.config)
-    assert isinstance(run, Stack)
+    assert type(run) is kind
     run(torch.zeros(154, 64, dtype=torch.bfloat16), Batch.of(CHUNKS), model.angles.upto(200))
-    assert len(run.seconds) == len(PHASES)
+    assert len(run.seconds) == len(kind.phases)
     assert (run.seconds > 0).all()
     model.close()
 
@@ -83,5 +88,6 @@ def test_seconds_are_told_by_phase(tmp_path: Path) -> None:
 def test_an_odd_width_goes_one_operation_at_a_time() -> None:
     sizes = {"num_heads": 1, "head_dim": 44, "intermediate_size": 70}
     keys = [torch.zeros(1, dtype=torch.bfloat16)]
-    run = cpu.stack([None], keys, keys, SimpleNamespace(hidden_size=45, **sizes))
+    layers = [SimpleNamespace(qkv=cpu.pack([torch.zeros(45, 45)], None))]
+    run = cpu.stack(layers, keys, keys, SimpleNamespace(hidden_size=45, **sizes))
     assert isinstance(run, Composed)

@@ -47,6 +47,25 @@ def test_weights_are_those_of_the_blocks(options: dict[str, Any], dtype: str, it
 
 
 @pytest.mark.parametrize("options", OPTIONS)
+def test_int8_matrices_take_a_byte_a_weight_and_a_scale_a_channel(options: dict[str, Any]) -> None:
+    config = decoder(**options)
+    whole, small = LayerGraph.of(config, "bfloat16"), LayerGraph.of(config, "bfloat16", quantize="int8")
+    assert small.node("embed") == whole.node("embed")
+    h, q, k = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    up = (2 if config.gated else 1) * config.intermediate_size
+    weights, channels = (2 * q + 2 * k) * h + (up + config.intermediate_size) * h, q + 2 * k + up + 2 * h
+    biases = (q + 2 * k) * config.qkv_bias + up * config.mlp_bias
+    saved = 2 * (weights + biases) - weights - 4 * (channels + biases)
+    assert small.node("layers.0").weight_bytes == whole.node("layers.0").weight_bytes - saved
+    saved = config.vocab_size * (h - 4)
+    assert small.node("head").weight_bytes == whole.node("head").weight_bytes - saved
+    assert small.node("head").tied is None
+    assert small.total("kv_bytes") == whole.total("kv_bytes")
+    with pytest.raises(ValueError, match="quantize must be None"):
+        LayerGraph.of(config, quantize="int4")
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("shards", [1, 3, 4])
 def test_what_is_inside_adds_up(options: dict[str, Any], shards: int) -> None:
     config = decoder(**options)

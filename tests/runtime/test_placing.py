@@ -18,6 +18,8 @@ from daskllm.runtime.placing import chains_of, live_cluster, place, plan_on
 from daskllm.types import ModelSpec
 from tests import tiny
 
+SPEC = ModelSpec(path="", dtype="float32")
+
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -74,7 +76,7 @@ def test_a_model_that_fits_every_worker_stays_whole(spec: ModelSpec, config: Any
     roomy: Any = Workers(10**9, 10**9)
     assert place(roomy, spec, config, "auto", "auto", "auto") is spec
     assert place(roomy, spec, config, 1, "auto", "auto") is spec
-    found = plan_on(live_cluster(roomy), config, "float32", "auto", "auto")
+    found = plan_on(live_cluster(roomy), SPEC, config, "auto", "auto")
     assert [len(r.stages) for r in found.replicas] == [1, 1]
 
 
@@ -203,7 +205,7 @@ def test_stages_and_plans_need_a_client(path: Path, config: Any) -> None:
     for options in (
         {"stages": 2},
         {"replicas": 1},
-        {"plan": plan_on(live_cluster(Workers(10**9, 10**9)), config, "float32", 2)},
+        {"plan": plan_on(live_cluster(Workers(10**9, 10**9)), SPEC, config, 2)},
     ):  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="needs the workers of a Dask client"):
             daskllm.load(path, **options)
@@ -223,7 +225,7 @@ def test_load_checks_against_the_cluster_before_it_opens(
 ) -> None:
     with pytest.raises(ValueError, match="stages=3 is more than the 2 workers"):
         daskllm.load(path, client=two_processes, stages=3)
-    plan = plan_on(live_cluster(Workers(10**9, 10**9)), config, "float32", 2)  # type: ignore[arg-type]
+    plan = plan_on(live_cluster(Workers(10**9, 10**9)), SPEC, config, 2)  # type: ignore[arg-type]
     with pytest.raises(PlanError, match="is not there"):
         daskllm.load(path, client=two_processes, plan=plan)
     with pytest.raises(ValueError, match=r"stages=3 and plan, which has 2, disagree"):

@@ -4,6 +4,7 @@
 operation    what it does
 ===========  =================================================================
 pack         weights, side by side as one, in the layout that `linear` reads best
+pack_int8    the same, quantised to int8 with a scale per output channel
 linear       product with packed weights, and their biases
 add_norm     residual add, then RMS or layer norm
 rope_store   q/k norm, rotary embedding, keys and values into the cache
@@ -40,6 +41,7 @@ class Kernels(Protocol):
     PACKS: bool
 
     def pack(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None) -> Any: ...
+    def pack_int8(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None) -> Any: ...
     def linear(self, x: torch.Tensor, weight: Any, dtype: torch.dtype | None = None) -> torch.Tensor: ...
     def add_norm(
         self,

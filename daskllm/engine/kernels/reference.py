@@ -21,8 +21,21 @@ import torch.nn.functional as F
 
 from daskllm.engine.batch import Batch
 from daskllm.engine.kernels.composed import Composed
+from daskllm.engine.kernels.int8 import quantised
 
-__all__ = ["PACKS", "Packed", "activate", "add_norm", "attention", "linear", "pack", "rope_store", "stack"]
+__all__ = [
+    "PACKS",
+    "Packed",
+    "PackedInt8",
+    "activate",
+    "add_norm",
+    "attention",
+    "linear",
+    "pack",
+    "pack_int8",
+    "rope_store",
+    "stack",
+]
 
 PACKS = False
 """Whether `pack` copies, so that the blocks it was given are not needed any more."""
@@ -43,16 +56,44 @@ class Packed:
     biases: tuple[torch.Tensor, ...] | None
 
 
+@dataclass(frozen=True, slots=True)
+class PackedInt8:
+    """Weights int8 ``[out, in]``, with the scales and biases of their output channels, float32 ``[out]``."""
+
+    weight: torch.Tensor
+    scales: torch.Tensor
+    bias: torch.Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of it."""
+        return self.weight.nbytes + self.scales.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
 def pack(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None) -> Packed:
     """Nothing to reorder."""
     return Packed(tuple(weights), None if biases is None else tuple(biases))
 
 
-def linear(x: torch.Tensor, weight: Packed, dtype: torch.dtype | None = None) -> torch.Tensor:
+def pack_int8(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None) -> PackedInt8:
+    """Quantise ``[out, in]`` weights by output channel, as one."""
+    parts, scales = zip(*map(quantised, weights), strict=True)
+    return PackedInt8(
+        torch.cat(parts), torch.cat(scales), None if biases is None else torch.cat(tuple(biases)).float()
+    )
+
+
+def linear(x: torch.Tensor, weight: Packed | PackedInt8, dtype: torch.dtype | None = None) -> torch.Tensor:
     """x @ weight.T + bias of every weight, side by side: ``[rows, in] -> [rows, sum of out]``.
 
-    In ``x``'s type, or in float32 where ``dtype`` asks for it.
+    In ``x``'s type, or in float32 where ``dtype`` asks for it. With int8 weights every row of ``x`` is
+    quantised too, by a scale of its own, and the sums are exact.
     """
+    if isinstance(weight, PackedInt8):
+        q, scales = quantised(x)
+        sums = (q.double() @ weight.weight.double().T).float()  # whole numbers, which a double holds
+        y = sums * scales[:, None] * weight.scales
+        return (y if weight.bias is None else y + weight.bias).to(dtype or x.dtype)
     biases = weight.biases or (None,) * len(weight.weights)
     parts = [F.linear(x, w, b) for w, b in zip(weight.weights, biases, strict=True)]
     y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)

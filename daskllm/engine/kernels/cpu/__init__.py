@@ -25,15 +25,37 @@ from daskllm.engine.kernels.cpu.rope import rope_store
 from daskllm.engine.kernels.cpu.rows import activate, add_norm
 from daskllm.engine.kernels.cpu.stack import Stack
 
-__all__ = ["PACKS", "Packed", "activate", "add_norm", "attention", "linear", "pack", "rope_store", "stack"]
+__all__ = [
+    "PACKS",
+    "Packed",
+    "activate",
+    "add_norm",
+    "attention",
+    "linear",
+    "pack",
+    "pack_int8",
+    "rope_store",
+    "stack",
+]
 
 PACKS = True
+
+
+def pack_int8(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None) -> Any:
+    """Quantise ``[out, in]`` weights by output channel, as one."""
+    from daskllm.engine.kernels.cpu.int8 import PackedInt8  # its kernels are not loaded where it is not used
+
+    return PackedInt8.of(weights, biases)
 
 
 def stack(
     layers: Sequence[Any], keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], config: Any
 ) -> Stack | Composed:
     """Decoder layers ready to run together."""
+    if not isinstance(layers[0].qkv, Packed):
+        from daskllm.engine.kernels.cpu.stack_int8 import StackInt8
+
+        return StackInt8(layers, keys, values, config)
     widths = (config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size)
     if keys[0].dtype == torch.bfloat16 and any(width % 2 for width in widths):
         # A product reads inputs two by two, and only `linear` makes room for the last one's neighbour.

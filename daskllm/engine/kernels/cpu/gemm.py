@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import llvmlite.binding
 import numba
@@ -35,6 +35,9 @@ from daskllm.engine.kernels.cpu.simd import (
     round_to_bfloat16,
 )
 from daskllm.engine.kernels.cpu.team import SIGNATURE, run, take
+
+if TYPE_CHECKING:
+    from daskllm.engine.kernels.cpu.int8 import PackedInt8
 
 __all__ = ["COLUMNS", "ROWS", "Packed", "linear", "pack", "product", "tile"]
 
@@ -321,8 +324,10 @@ def _aligned(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     return room[skip : skip + size].view(*shape)
 
 
-def linear(x: torch.Tensor, weight: Packed, dtype: torch.dtype | None = None) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: Packed | PackedInt8, dtype: torch.dtype | None = None) -> torch.Tensor:
     """x @ weight.T + bias, ``[rows, in] -> [rows, out]``; in ``x``'s type, or in float32 if asked."""
+    if not isinstance(weight, Packed):
+        return weight.product(x, dtype)
     y = torch.empty((x.shape[0], weight.outputs), dtype=dtype or x.dtype)
     if x.shape[1] % (4 // x.itemsize):
         x = F.pad(x, (0, 1))

@@ -37,6 +37,7 @@ __all__ = [
     "vmul",
     "vreduce_add",
     "vreduce_max",
+    "vround",
     "vsplat",
     "vstore",
     "vsub",
@@ -48,6 +49,7 @@ _I32 = ir.IntType(32)
 VECTOR = ir.VectorType(_F32, LANES)
 _VI = ir.VectorType(_I32, LANES)
 _VH = ir.VectorType(ir.IntType(16), LANES)
+_VB = ir.VectorType(ir.IntType(8), LANES)
 
 
 class Float32x16(types.Type):
@@ -141,10 +143,15 @@ def store(typingctx, array, index, value):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def vload(typingctx, array, index):  # type: ignore[no-untyped-def]
-    """Lanes ``array[index : index + 16]`` of a flat contiguous array; uint16 elements are bfloat16 bits."""
+    """Lanes ``array[index : index + 16]`` of a flat contiguous array; uint16 elements are bfloat16 bits, int8
+    and int32 ones become float32."""
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
         pointer = element_pointer(context, builder, sig.args[0], args[0], args[1])
+        if sig.args[0].dtype in (types.int8, types.int32):
+            kind, align = (_VB, 1) if sig.args[0].dtype == types.int8 else (_VI, 4)
+            whole = builder.load(builder.bitcast(pointer, kind.as_pointer()), align=align)
+            return builder.sitofp(whole, VECTOR)
         if sig.args[0].dtype == types.float32:
             return builder.load(builder.bitcast(pointer, VECTOR.as_pointer()), align=4)
         bits = builder.load(builder.bitcast(pointer, _VH.as_pointer()), align=2)
@@ -155,11 +162,15 @@ def vload(typingctx, array, index):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def vstore(typingctx, array, index, value):  # type: ignore[no-untyped-def]
-    """``array[index : index + 16] = value``; into uint16, rounded to bfloat16 (nearest even)."""
+    """``array[index : index + 16] = value``; into uint16, rounded to bfloat16 (nearest even); into int8,
+    whole numbers that fit."""
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
         pointer = element_pointer(context, builder, sig.args[0], args[0], args[1])
-        if sig.args[0].dtype == types.float32:
+        if sig.args[0].dtype == types.int8:
+            small = builder.trunc(builder.fptosi(args[2], _VI), _VB)
+            builder.store(small, builder.bitcast(pointer, _VB.as_pointer()), align=1)
+        elif sig.args[0].dtype == types.float32:
             builder.store(args[2], builder.bitcast(pointer, VECTOR.as_pointer()), align=4)
         else:
             half = round_to_bfloat16(builder, args[2])
@@ -195,6 +206,16 @@ def vmax(typingctx, a, b):  # type: ignore[no-untyped-def]
         return builder.select(builder.fcmp_ordered(">", *args), *args)
 
     return f32x16(f32x16, f32x16), codegen
+
+
+@intrinsic
+def vround(typingctx, a):  # type: ignore[no-untyped-def]
+    """The nearest whole number in each lane, the even one of two."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return _call(builder, "llvm.rint.v16f32", VECTOR, *args)
+
+    return f32x16(f32x16), codegen
 
 
 @intrinsic

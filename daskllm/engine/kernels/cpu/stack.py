@@ -17,7 +17,7 @@ import torch
 
 from daskllm.engine.batch import BLOCK_SIZE, Batch
 from daskllm.engine.kernels.cpu.attention import attend, attention_scratch
-from daskllm.engine.kernels.cpu.gemm import COLUMNS, ROWS, Packed, product, tile
+from daskllm.engine.kernels.cpu.gemm import COLUMNS, ROWS, product, tile
 from daskllm.engine.kernels.cpu.rope import rope_row
 from daskllm.engine.kernels.cpu.rows import ACTIVATIONS, activate_row, norm_row
 from daskllm.engine.kernels.cpu.simd import LANES, array, as_float
@@ -35,7 +35,7 @@ from daskllm.engine.kernels.cpu.team import (
     team_size,
 )
 
-__all__ = ["Stack"]
+__all__ = ["Stack", "attention", "rope"]
 
 PHASES = ("norm", "qkv", "rope", "attention", "o", "norm", "mlp", "down")
 """What the team does in each layer, in order."""
@@ -56,6 +56,8 @@ PHASES = ("norm", "qkv", "rope", "attention", "o", "norm", "mlp", "down")
     LAYER_FIELDS,
 ) = range(26)  # fmt: skip
 
+_ROOMS = ("normed", "qkv", "q", "mixed", "inner", "delta")
+"""What lies between the operations, in the order of the arguments' fields."""
 _CHUNK = 96
 """Rows that a product takes at a time: few enough to stay in a core's cache while all panels pass."""
 
@@ -128,7 +130,8 @@ def _mlp(a, phase, counters, table, at, spare, scratch, dtype):  # type: ignore[
 
 
 @numba.njit
-def _rope(a, phase, counters, table, layer, scratch, dtype):  # type: ignore[no-untyped-def]
+def rope(a, phase, counters, table, layer, scratch, dtype):  # type: ignore[no-untyped-def]
+    """The phase in which keys and values are stored."""
     rows, heads, kv_heads, size, padded = a[ROWS_], a[HEADS], a[KV_HEADS], a[SIZE], a[PADDED]
     qkv = array(a[QKV_AT], rows * (heads + 2 * kv_heads) * size, dtype)
     q = array(a[Q_AT], rows * heads * size, dtype)
@@ -149,7 +152,8 @@ def _rope(a, phase, counters, table, layer, scratch, dtype):  # type: ignore[no-
 
 
 @numba.njit
-def _attention(a, phase, counters, table, layer, scratch, dtype):  # type: ignore[no-untyped-def]
+def attention(a, phase, counters, table, layer, scratch, dtype):  # type: ignore[no-untyped-def]
+    """The phase in which rows attend."""
     rows, heads, kv_heads, size, padded = a[ROWS_], a[HEADS], a[KV_HEADS], a[SIZE], a[PADDED]
     q, out = array(a[Q_AT], rows * heads * size, dtype), array(a[MIXED_AT], rows * heads * size, dtype)
     keys, values = _cache(a, table, layer, dtype)
@@ -196,9 +200,9 @@ def _stack_loop(pointer, dtype):  # type: ignore[no-untyped-def]
             a, phase + 1, counters, table, at + QKV, a[NORMED_AT], hidden, a[QKV_AT], width, spare, dtype
         )
         meet(counters, phase + 1, team, give_way, clock, times, 1)
-        _rope(a, phase + 2, counters, table, at, lanes, dtype)
+        rope(a, phase + 2, counters, table, at, lanes, dtype)
         meet(counters, phase + 2, team, give_way, clock, times, 2)
-        _attention(a, phase + 3, counters, table, at, scratch, dtype)
+        attention(a, phase + 3, counters, table, at, scratch, dtype)
         meet(counters, phase + 3, team, give_way, clock, times, 3)
         x, y, width = a[MIXED_AT], a[DELTA_AT], heads * size
         _product(a, phase + 4, counters, table, at + OUT, x, width, y, hidden, spare, dtype)
@@ -226,31 +230,44 @@ class Stack:
 
     Attributes:
         phases: what is done in each layer, in order.
+        compiled: the kernel, for float32 and for bfloat16.
         seconds: spent in each phase so far.
         layers: each layer with its keys and values.
     """
 
-    phases = PHASES
+    phases: tuple[str, ...] = PHASES
+    compiled = (_stack_f32, _stack_bf16)
 
     def __init__(
         self, layers: Sequence[Any], keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], config: Any
     ) -> None:
-        self.seconds = np.zeros(len(PHASES))
-        self._cycles, self._clock = np.zeros(len(PHASES), np.int64), np.zeros(1, np.int64)
+        count = len(self.phases)
+        self.seconds = np.zeros(count)
+        self._cycles, self._clock = np.zeros(count, np.int64), np.zeros(1, np.int64)
         self.layers = list(zip(layers, keys, values, strict=True))  # what the table points to
-        rows = [_fields(*each) for each in self.layers]
+        rows = [self._fields(*each) for each in self.layers]
         self._table = np.array(rows, np.int64).reshape(-1)
         self._config, self._dtype = config, keys[0].dtype
-        self._counters = np.zeros(len(layers) * len(PHASES) * LINE, np.int64)
+        self._counters = np.zeros(len(layers) * count * LINE, np.int64)
         self._room: dict[str, torch.Tensor] = {}
 
     def __call__(
         self, hidden: torch.Tensor, batch: Batch, angles: tuple[torch.Tensor, torch.Tensor] | None
     ) -> torch.Tensor:
+        self._counters[:] = self._cycles[:] = self._clock[:] = 0
+        a = self._arguments(hidden, batch, angles)
+        single, half = self.compiled
+        began = time.perf_counter()
+        start(single if self._dtype == torch.float32 else half, a, torch.get_num_threads())
+        self.seconds += self._cycles * ((time.perf_counter() - began) / self._cycles.sum())
+        return self._room["delta"][: hidden.shape[0]]
+
+    def _arguments(
+        self, hidden: torch.Tensor, batch: Batch, angles: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> np.ndarray[Any, Any]:
         config, rows = self._config, hidden.shape[0]
         _, keys, values = self.layers[0]
         room = self._buffers(rows)
-        self._counters[:] = self._cycles[:] = self._clock[:] = 0
         cos, sin = angles or (None, None)
         a = np.zeros(FIELDS, np.int64)
         a[[TEAM_AT, YIELD_AT, TABLE_AT, COUNTERS_AT, CLOCK_AT, TIMES_AT]] = (
@@ -260,7 +277,7 @@ class Stack:
         )
         a[[LAYERS, ROWS_, TILES, CHUNKS]] = len(self.layers), rows, len(batch.tiles), -(-rows // _CHUNK)
         a[RESIDUAL_AT] = hidden.data_ptr()
-        a[NORMED_AT : DELTA_AT + 1] = [one.data_ptr() for one in room.values()]
+        a[NORMED_AT : DELTA_AT + 1] = [room[name].data_ptr() for name in _ROOMS]
         a[[POSITIONS_AT, SLOTS_AT, TABLES_AT, TILES_AT]] = [
             one.data_ptr() for one in (batch.positions, batch.slots, batch.tables, batch.tiles)
         ]
@@ -279,51 +296,45 @@ class Stack:
             ACTIVATIONS[config.activation],
             config.gated,
         )
-        compiled = _stack_f32 if self._dtype == torch.float32 else _stack_bf16
-        began = time.perf_counter()
-        start(compiled, a, torch.get_num_threads())
-        self.seconds += self._cycles * ((time.perf_counter() - began) / self._cycles.sum())
-        return room["delta"][:rows]
+        return a
 
     def _buffers(self, rows: int) -> dict[str, torch.Tensor]:
         """What lies between the operations, for so many rows; kept, since fresh memory costs page faults."""
         if not self._room or len(self._room["delta"]) < rows:
-            config = self._config
-            heads = config.num_heads * config.head_dim
-            widths = {
-                "normed": config.hidden_size,
-                "qkv": heads + 2 * config.num_kv_heads * config.head_dim,
-                "q": heads,
-                "mixed": heads,
-                "inner": config.intermediate_size,
-                "delta": config.hidden_size,
-            }
-            self._room = {
-                name: torch.empty((rows, width), dtype=self._dtype) for name, width in widths.items()
-            }
+            self._room = self._made(rows)
         return self._room
 
+    def _made(self, rows: int) -> dict[str, torch.Tensor]:
+        config = self._config
+        hidden, heads = config.hidden_size, config.num_heads * config.head_dim
+        qkv = heads + 2 * config.num_kv_heads * config.head_dim
+        widths = (hidden, qkv, heads, heads, config.intermediate_size, hidden)
+        return {
+            name: torch.empty((rows, width), dtype=self._dtype)
+            for name, width in zip(_ROOMS, widths, strict=True)
+        }
 
-def _fields(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> list[int]:
-    """A layer's row of the table."""
-    norms = layer.qk_norms or (None, None)
-    return [
-        *_norm_fields(layer.input_norm),
-        *_packed_fields(layer.qkv),
-        *map(address, norms),
-        keys.data_ptr(),
-        values.data_ptr(),
-        layer.window or 0,
-        *_packed_fields(layer.o),
-        *_norm_fields(layer.post_norm),
-        *_packed_fields(layer.gate_up),
-        *_packed_fields(layer.down),
-    ]
+    def _fields(self, layer: Any, keys: torch.Tensor, values: torch.Tensor) -> list[int]:
+        """A layer's row of the table."""
+        norms = layer.qk_norms or (None, None)
+        return [
+            *_norm_fields(layer.input_norm),
+            *self._packed_fields(layer.qkv),
+            *map(address, norms),
+            keys.data_ptr(),
+            values.data_ptr(),
+            layer.window or 0,
+            *self._packed_fields(layer.o),
+            *_norm_fields(layer.post_norm),
+            *self._packed_fields(layer.gate_up),
+            *self._packed_fields(layer.down),
+        ]
+
+    @staticmethod
+    def _packed_fields(weight: Any) -> Sequence[int]:
+        panels, bias, places = weight.panels, weight.bias, weight.places
+        return panels.data_ptr(), bias.data_ptr(), places.data_ptr(), len(places)
 
 
 def _norm_fields(norm: Any) -> list[int]:
     return [norm.weight.data_ptr(), address(norm.bias)]
-
-
-def _packed_fields(weight: Packed) -> list[int]:
-    return [weight.panels.data_ptr(), weight.bias.data_ptr(), weight.places.data_ptr(), len(weight.places)]
