@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import dask.base
@@ -63,10 +63,6 @@ class Summary:
     out_tokens: int
     seconds: float
     new_tokens: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """The same by name, for JSON."""
-        return asdict(self)
 
 
 def run(

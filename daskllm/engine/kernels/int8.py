@@ -1,17 +1,14 @@
 """What eight bits mean here: whole numbers in -127 … 127 and one float32 scale for each vector.
 
 The scale of a vector is its largest magnitude over 127, so that it depends on that vector alone: a weight's
-output channel, an activation's row, a key's or value's head at one token. Kernels give these very bits.
+output channel, an activation's row. Kernels give these very bits.
 """
 
 from __future__ import annotations
 
 import torch
 
-__all__ = ["KV_SCALE_ROWS", "quantised"]
-
-KV_SCALE_ROWS = 8
-"""Rows of ``BLOCK_SIZE`` bytes behind the keys of a block and head: its keys' scales, then its values'."""
+__all__ = ["quantised"]
 
 
 def quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
