@@ -9,8 +9,11 @@ from pathlib import Path
 import dask.config
 import pytest
 from distributed import Client
+from distributed.comm import CommClosedError
+from distributed.security import Security
 
 import daskllm
+from daskllm import demo
 
 
 @pytest.mark.parametrize(("workers", "threads"), [(0, 1), (1, 0)])
@@ -36,12 +39,18 @@ def test_a_cluster_is_local_and_keeps_a_worker_that_dies_again_and_again(tmp_pat
 
 
 @pytest.mark.cluster
-def test_secure_is_tls(tmp_path: Path) -> None:
+def test_secure_is_tls_for_the_main_job_too_and_others_are_refused(tmp_path: Path) -> None:
     pytest.importorskip("cryptography")
-    with (
-        daskllm.local_cluster(1, threads=1, secure=True, local_directory=str(tmp_path)) as cluster,
-        Client(cluster.scheduler_address, security=cluster.security) as client,
-    ):
-        assert cluster.scheduler_address.startswith("tls://")
-        assert all(address.startswith("tls://") for address in client.nthreads())
-        assert client.submit(sum, [1, 2]).result() == 3
+    with daskllm.local_cluster(1, secure=True, local_directory=str(tmp_path)) as cluster:
+        address, others = cluster.scheduler_address, Security.temporary()
+        assert address.startswith("tls://")
+        with Client(address, security=cluster.security) as client:
+            assert all(worker.startswith("tls://") for worker in client.nthreads())
+            llm = daskllm.load(demo.model_path(), client=client)
+            answered = demo.table().head(20).llm.chat(llm, "prompt", max_tokens=64)
+            assert demo.share_right(answered) >= 0.9
+            llm.close()
+        with pytest.raises(CommClosedError, match="TLS certificate does not match"):
+            Client(address, security=others, timeout="5s")
+        with pytest.raises(CommClosedError, match="TCP .closed."):
+            Client(address.replace("tls://", "tcp://"), timeout="5s")
