@@ -1,28 +1,22 @@
 """What a user holds: a model by its handle, and the calls on it.
 
-It owns `load` and the rule that a call gives back the like of what it was given. It refuses to know how rows
-are answered (`session`), where (`runtime`), and how tables are (`frame`).
+It owns `load` and a model's calls. It refuses to know how rows are answered (`session`), where (`runtime`),
+what comes back for what is given (`given`), and how tables are (`frame`).
 """
 
 from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from numbers import Integral
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import dask.bag as db
-import dask.dataframe as dd
-import numpy as np
-import pandas as pd
-
-from daskllm.frame import ask_series, check_chats
+from daskllm.given import answers_of, ask, listed
 from daskllm.graph import LayerGraph, Plan
 from daskllm.models import DecoderConfig
-from daskllm.runtime import dataflow
-from daskllm.runtime.call import Call, Kind, draw_seed
-from daskllm.runtime.cluster import client_for, over_rows
+from daskllm.runtime import dataflow, shown
+from daskllm.runtime.call import Call, draw_seed
+from daskllm.runtime.cluster import client_for
 from daskllm.runtime.facts import Facts
 from daskllm.runtime.loading import (
     check_client,
@@ -36,7 +30,6 @@ from daskllm.runtime.placing import Replicas, Stages, check_stages, place, plan_
 from daskllm.runtime.process import close_session, session_for, using
 from daskllm.runtime.recall import place_for
 from daskllm.runtime.resident import resident_bytes
-from daskllm.runtime.tasks import answer_bag, answer_rows, plain
 from daskllm.runtime.update import of_its_own, present_at, update
 from daskllm.runtime.versions import known, learn, present
 from daskllm.session import Session, end_tokens
@@ -47,9 +40,7 @@ if TYPE_CHECKING:
     from dask.delayed import Delayed
     from distributed import Client
 
-__all__ = ["LLM", "listed", "load"]
-
-_OUTPUTS = {"score": "score", "embed": "embedding"}
+__all__ = ["LLM", "load"]
 
 
 class LLM:
@@ -83,6 +74,11 @@ class LLM:
         spec = self.spec
         quantized = "" if spec.quantize is None else f" quantize={spec.quantize}"
         return f"<LLM {spec.path} dtype={spec.dtype} device={spec.device}{quantized}>"
+
+    def _repr_html_(self) -> str:
+        now = present(self.spec)  # as far as this process knows: showing a model asks nobody
+        facts = self._facts if self._facts.spec == now else Facts(now)
+        return shown.model_html(facts, self.client)
 
     def session(self) -> Session:
         """This process's open model; opens it where that has not happened yet.
@@ -137,7 +133,7 @@ class LLM:
             TypeError: neither of these, or an unknown sampling argument.
             ValueError: a sampling value out of its range.
         """
-        return self._ask("generate", prompts, sampling)
+        return ask(self, "generate", prompts, sampling)
 
     def chat(self, messages: Any, **sampling: Any) -> Any:
         """The model's next turn.
@@ -149,7 +145,7 @@ class LLM:
 
         Returns, raises: as `generate`; ValueError also where the model has no chat template.
         """
-        return self._ask("chat", messages, sampling)
+        return ask(self, "chat", messages, sampling)
 
     def stream(self, prompt: str | Sequence[int], **sampling: Any) -> Iterator[str]:
         """One answer in pieces, as they come; their join is the text.
@@ -190,10 +186,10 @@ class LLM:
         if not isinstance(tokens, bool):
             raise TypeError(f"tokens must be True or False, not {tokens!r}")
         if not tokens:
-            return self._ask("score", texts, {})
+            return ask(self, "score", texts, {})
         one = isinstance(texts, str)
         call = Call(spec=self.spec, kind="score")
-        scores = self._answers([texts] if one else listed(texts, "score"), call)
+        scores = answers_of(self, [texts] if one else listed(texts, "score"), call)
         lists = [list(s.token_logprobs) if s.error is None else None for s in scores]
         return lists[0] if one else lists
 
@@ -213,7 +209,7 @@ class LLM:
             ValueError: an unknown pooling.
             TypeError: no text, list, Series or Bag; or ``normalize`` is no bool.
         """
-        return self._ask("embed", texts, {}, pooling=pooling, normalize=normalize)
+        return ask(self, "embed", texts, {}, pooling=pooling, normalize=normalize)
 
     @property
     def graph(self) -> LayerGraph:
@@ -309,30 +305,6 @@ class LLM:
             return {"": resident_bytes(self._present)}
         return residency_of(client, self._present)
 
-    def _ask(self, kind: Kind, given: Any, sampling: Mapping[str, Any], **options: Any) -> Any:
-        params = SamplingParams.of(sampling)
-        if kind == "chat":
-            check_chats(self)
-        if isinstance(given, (pd.Series, dd.Series)):
-            return ask_series(given, self, kind, _OUTPUTS.get(kind, "generated"), sampling, **options)
-        if isinstance(given, (pd.DataFrame, dd.DataFrame)):
-            raise TypeError(f"a table is asked by its own accessor: df.llm.{kind}(llm, ...)")
-        seed, kept = draw_seed(params), self.answers
-        call = Call(spec=self.spec, kind=kind, params=params, job_seed=seed, answers=kept, **options)
-        if isinstance(given, db.Bag):
-            numbers = db.from_sequence(range(given.npartitions), npartitions=given.npartitions)
-            return given.map_partitions(answer_bag, numbers, call=call)
-        if isinstance(given, str) or (kind == "chat" and _is_conversation(given)):
-            return plain(self._answers([given], call)[0], call)
-        answers = [plain(answer, call) for answer in self._answers(listed(given, kind), call)]
-        if kind == "embed":
-            return np.stack(answers) if answers else np.empty((0, self.config.hidden_size), np.float32)
-        return np.array(answers, dtype="float64") if kind == "score" else answers
-
-    def _answers(self, items: Sequence[Any], call: Call) -> list[Any]:
-        rows = [(item,) for item in items]
-        return over_rows(client_for(self.client), answer_rows, rows, call)
-
 
 def _arrived(spec: ModelSpec, now: ModelSpec, answers: str | None) -> LLM:
     learn(spec, now)
@@ -411,23 +383,3 @@ def load(
     llm = LLM(chosen, client, config, kept)
     open_on(answering, chosen)
     return llm
-
-
-def _is_conversation(given: Any) -> bool:
-    return isinstance(given, Sequence) and len(given) > 0 and isinstance(given[0], Mapping)
-
-
-def listed(given: Any, kind: Kind) -> list[Any]:
-    """The items of a list of prompts.
-
-    Raises:
-        TypeError: no list, or the token ids of a single prompt.
-    """
-    if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, (Sequence, np.ndarray, pd.Index)):
-        raise TypeError(
-            f"{kind} takes a str, a list, a pandas or dask Series, or a dask Bag, not {type(given).__name__}"
-        )
-    items = list(given)
-    if items and all(isinstance(item, Integral) and not isinstance(item, bool) for item in items):
-        raise TypeError("a list of integers is one prompt's token ids: put it into a list, [[1, 2, 3]]")
-    return items

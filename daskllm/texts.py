@@ -11,7 +11,8 @@ from numbers import Integral
 
 import dask
 
-from daskllm.llm import LLM, listed, load
+from daskllm.given import listed
+from daskllm.llm import LLM, load
 from daskllm.runtime.call import Call
 from daskllm.runtime.cluster import client_for
 from daskllm.runtime.tasks import answer_rows

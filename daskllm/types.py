@@ -1,15 +1,18 @@
 """What a caller says and gets back: sampling parameters, completions, errors.
 
-This is the lowest room of the house. It knows no array library, no Dask and no tokenizer, so that
+This room is low in the house. It knows no array library, no Dask and no tokenizer, so that
 anything may import it for free.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any, Literal, TypeAlias
+
+from daskllm import markup
 
 __all__ = [
     "URGENT",
@@ -306,6 +309,26 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] | None = None
     error: str | None = None
     model_version: int = 0
+
+    def _repr_html_(self) -> str:
+        counts = f"{self.prompt_tokens:,} tokens read, {self.completion_tokens:,} written"
+        version = f"; version {self.model_version} of the weights" if self.model_version else ""
+        failed = self.text is None
+        parts = [markup.quote(self.error if failed else self.text, colour=4 if failed else 0)]
+        if self.logprobs:
+            parts.append(markup.details("tokens", self._likely(self.logprobs)))
+        return markup.card(self.finish_reason, *parts, note=f"{counts}{version}")
+
+    @staticmethod
+    def _likely(tokens: Sequence[TokenLogprob]) -> markup.HTML:
+        """A line for each token: how likely the model found it, and what else it thought of."""
+
+        def others(one: TokenLogprob) -> str:
+            return ", ".join(f"{i}: {math.exp(logprob):.1%}" for i, logprob in one.top.items())
+
+        shares = [(one, math.exp(one.logprob)) for one in tokens]
+        rows = [(one.token_id, markup.bar(share, f"{share:.1%}"), others(one)) for one, share in shares]
+        return markup.table(("token id", "probability", "most likely"), rows)
 
     @classmethod
     def failed(cls, error: str, prompt_tokens: int = 0, model_version: int = 0) -> Completion:

@@ -20,6 +20,7 @@ ABOVE_RUNTIME = (
     "jobs",
     "frame",
     "llm",
+    "given",
     "texts",
     "bench",
     "demo",

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from daskllm.types import Completion, SamplingParams
+from daskllm.types import Completion, SamplingParams, TokenLogprob
+from tests.test_markup import words
 
 
 @pytest.mark.parametrize(
@@ -81,3 +82,17 @@ def test_failed_completion() -> None:
         3,
         "why",
     )
+
+
+def test_a_completion_shows_its_text_and_how_likely_its_tokens_were() -> None:
+    tokens = (TokenLogprob(7, 0.0, {7: 0.0, 9: -50.0}),)
+    shown = words(Completion("a <b>\n c", (7,), "stop", 3, 1, tokens, None, 2)._repr_html_())
+    assert "a <b> c" in shown
+    assert "3 tokens read, 1 written; version 2 of the weights" in shown
+    assert "7100.0%7: 100.0%, 9: 0.0%" in shown
+
+
+def test_a_failed_completion_shows_why() -> None:
+    shown = words(Completion.failed("prompt is <empty>")._repr_html_())
+    assert "error" in shown
+    assert "prompt is <empty>" in shown

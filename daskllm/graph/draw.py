@@ -13,7 +13,7 @@ from html import escape
 from os import PathLike
 from pathlib import Path
 
-__all__ = ["Arrow", "Box", "Drawing", "Picture", "count", "mermaid", "size", "svg", "table"]
+__all__ = ["Arrow", "Box", "Drawing", "Picture", "count", "layer_range", "mermaid", "size", "svg", "table"]
 
 _FILLS = ("#dbeafe", "#dcfce7", "#fef3c7", "#fce7f3", "#ede9fe", "#cffafe", "#ffedd5", "#e5e7eb")
 _CHAR, _LINE, _PAD, _GAP_X, _GAP_Y = 7.2, 16.0, 10.0, 24.0, 34.0
@@ -91,6 +91,25 @@ def count(amount: float) -> str:
     '1.24 M'
     """
     return _scaled(amount, 1000, ("", "k", "M", "G", "T", "P")).rstrip()
+
+
+def layer_range(names: Sequence[str]) -> str:
+    """Names of layers for people: runs of numbered ones shortened.
+
+    >>> layer_range(["embed", "layers.0", "layers.1", "layers.2"])
+    'embed, layers.0-2'
+    """
+    parts: list[str] = []
+    run: tuple[str, int, int] | None = None
+    for name in names:
+        stem, _, number = name.rpartition(".")
+        if run and number.isdigit() and (stem, int(number)) == (run[0], run[2] + 1):
+            run = (stem, run[1], int(number))
+            parts[-1] = f"{stem}.{run[1]}-{run[2]}"
+            continue
+        run = (stem, int(number), int(number)) if stem and number.isdigit() else None
+        parts.append(name)
+    return ", ".join(parts) if len(parts) <= 6 else f"{parts[0]}, … {parts[-1]} ({len(names)})"
 
 
 def _scaled(amount: float, base: int, units: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from daskllm.graph import draw
+from daskllm.graph import draw, show
 from daskllm.graph.decoder import decoder_opening
 from daskllm.graph.nodes import Edge, Node, Opening
 
@@ -240,6 +240,9 @@ class LayerGraph:
             for n in self.order
         ]
         return draw.table(head, rows)
+
+    def _repr_html_(self) -> str:
+        return show.graph_html(self)
 
     def to_json(self) -> str:
         """The graph as JSON that `from_json` reads back to an equal graph."""

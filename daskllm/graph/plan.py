@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from typing import Any
 
-from daskllm.graph import draw
+from daskllm.graph import draw, show
 from daskllm.graph.check import Assignment, check_devices, check_fit, check_layers, opened_for
 from daskllm.graph.cluster import Cluster, Workload
 from daskllm.graph.cost import CostModel, Kind, MemoryUse, Objective, settle
@@ -252,6 +252,9 @@ class Plan:
     def __str__(self) -> str:
         return self.explain()
 
+    def _repr_html_(self) -> str:
+        return show.plan_html(self)
+
     def picture(self) -> draw.Picture:
         """Stages as boxes, replicas as frames."""
         boxes, arrows = [], []
@@ -260,7 +263,7 @@ class Plan:
             for j, s in enumerate(replica.stages):
                 lines = (
                     f"stage {j}: {s.device}",
-                    layer_range(s.layers),
+                    draw.layer_range(s.layers),
                     f"{draw.size(s.memory.total)}, {1000 * s.seconds:.4g} ms",
                 )
                 boxes.append(draw.Box(f"{i}.{j}", lines, s.device, group))
@@ -305,30 +308,11 @@ class Plan:
             raise ValueError(f"not a plan in JSON: {error}") from error
 
 
-def layer_range(names: Sequence[str]) -> str:
-    """Names of layers for people: runs of numbered ones shortened.
-
-    >>> layer_range(["embed", "layers.0", "layers.1", "layers.2"])
-    'embed, layers.0-2'
-    """
-    parts: list[str] = []
-    run: tuple[str, int, int] | None = None
-    for name in names:
-        stem, _, number = name.rpartition(".")
-        if run and number.isdigit() and (stem, int(number)) == (run[0], run[2] + 1):
-            run = (stem, run[1], int(number))
-            parts[-1] = f"{stem}.{run[1]}-{run[2]}"
-            continue
-        run = (stem, int(number), int(number)) if stem and number.isdigit() else None
-        parts.append(name)
-    return ", ".join(parts) if len(parts) <= 6 else f"{parts[0]}, … {parts[-1]} ({len(names)})"
-
-
 def _cells(replica: int, number: int, stage: Stage) -> list[str]:
     use = stage.memory
     sizes = (use.weights, use.kv, use.total, stage.capacity)
     times = (stage.seconds, stage.link_seconds)
-    names = layer_range(stage.layers)
+    names = draw.layer_range(stage.layers)
     cells = [str(replica), str(number), stage.device, names, *map(draw.size, sizes)]
     return cells + [f"{1000 * t:.4g}" for t in times]
 

@@ -17,6 +17,7 @@ from collections import Counter, deque
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from daskllm import markup
 from daskllm.jobs.explanation import duration
 from daskllm.jobs.lengths import Lengths
 from daskllm.runtime.progress import Increment
@@ -72,8 +73,7 @@ class State:
         )
 
     def _repr_html_(self) -> str:
-        bar = "" if self.share is None else f'<progress value="{self.share:.4f}" max="1"></progress> '
-        return f"{bar}{self}"
+        return markup.progress(self.share, self)
 
 
 @dataclass

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
+from daskllm import markup
 from daskllm.graph import Plan
 
 __all__ = ["Explanation", "duration"]
@@ -134,12 +134,7 @@ class Explanation:
         return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
 
     def _repr_html_(self) -> str:
-        left = 'style="text-align:left"'
-        rows = "".join(
-            f"<tr><th {left}>{escape(name)}</th><td {left}>{escape(value)}</td></tr>"
-            for name, value in self._lines()
-        )
-        return f"<table>{rows}</table>"
+        return markup.facts(self._lines())
 
     __repr__ = __str__
 

@@ -21,7 +21,7 @@ from daskllm.graph import (
     Workload,
     make_plan,
 )
-from daskllm.graph.plan import layer_range
+from daskllm.graph.draw import layer_range
 from tests.graph.instances import decoder
 
 GRAPH = LayerGraph.of(decoder())
