@@ -162,7 +162,7 @@ def job_there(
         llm: known by its files; nothing is loaded.
         place: what to do about a job that is there.
     """
-    if output is None:
+    if not output:
         raise ValueError("--output names the directory of the answers; only --dry-run goes without it")
     files: list[Input] | None = None
     try:

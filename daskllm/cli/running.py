@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import click
@@ -30,6 +30,8 @@ __all__ = [
 ]
 
 THREADS_PER_WORKER = 2
+WORKER_SECONDS = 30
+"""How long a scheduler without workers is given to get one."""
 
 
 @contextmanager
@@ -38,6 +40,9 @@ def running_on(scheduler: str | None, workers: int | None, threads: int | None) 
     check_cluster(scheduler, workers, threads)
     if scheduler is not None:
         with Client(scheduler, timeout="10s") as client:
+            # After a scheduler was started again, its workers come one after the other.
+            with suppress(TimeoutError):
+                client.wait_for_workers(1, timeout=WORKER_SECONDS)
             yield client
     elif workers is not None:
         with local_cluster(workers, threads or THREADS_PER_WORKER) as cluster, Client(cluster) as client:

@@ -49,7 +49,8 @@ class _Accessor(Generic[Table]):
         Args:
             llm: a model from `daskllm.load`.
             prompt: a column, or a template over columns such as ``"Translate: {text}"``; ``{{`` and ``}}``
-                stand for braces.
+                stand for braces. A column may hold lists of token ids too (for a Dask frame that was not read
+                from Parquet with ``dataframe.convert-string`` off, as Dask makes text of them otherwise).
             output: the name of the text's column, and the start of the others' names.
             system: what stands before every prompt.
             examples: (input, output) pairs shown before every prompt; an input is text, or a mapping that

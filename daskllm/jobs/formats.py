@@ -94,6 +94,8 @@ def schema_of(
         ValueError: columns that a file cannot name.
     """
     labels = list(meta.columns)
+    if index and meta.index.nlevels > 1:
+        raise ValueError("an index of several levels cannot be written: make columns of it by reset_index()")
     odd = [label for label in labels if not isinstance(label, str)]
     if odd or len(set(labels)) < len(labels):
         raise ValueError(f"the columns of a file have names, each once; rename {(odd or labels)[0]!r}")

@@ -129,6 +129,8 @@ class Call:
         try:
             if self.template is None:
                 return self._from_cell(cells[0])
+            if self.kind != "chat" and _is_list(cells[0]) and self.template.parts[::2] == ("", ""):
+                return self._from_ids(cells[0])
             filled = self.template.fill(dict(zip(self.template.fields, cells, strict=True)))
             if self.kind == "chat":
                 return self._with_context([{"role": "user", "content": filled}])
@@ -145,10 +147,15 @@ class Call:
             cell = str(cell)
         if isinstance(cell, str):
             return self._with_context(_user_turn(cell)) if self.kind == "chat" else cell
-        if not isinstance(cell, (Sequence, np.ndarray)) or isinstance(cell, (bytes, bytearray)):
+        if not _is_list(cell):
             lists = "messages" if self.kind == "chat" else "token ids"
             raise RowError(f"a prompt is text or a list of {lists}, not {type(cell).__name__}")
-        return self._with_context(_messages(cell)) if self.kind == "chat" else _token_ids(cell)
+        return self._with_context(_messages(cell)) if self.kind == "chat" else self._from_ids(cell)
+
+    def _from_ids(self, cell: Sequence[Any] | np.ndarray) -> list[int]:
+        if self.system is not None or self.examples:
+            raise RowError("token ids take no system text and no examples: ask with text, or leave them out")
+        return _token_ids(cell)
 
     def _with_context(self, messages: list[Message]) -> list[Message]:
         """The messages behind the system text and the examples; a system turn of their own goes first."""
@@ -162,6 +169,10 @@ class Call:
         for question, answer in self.examples:
             shown += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         return [*start, *shown, *messages[int(own_system) :]]
+
+
+def _is_list(cell: Any) -> bool:
+    return isinstance(cell, (Sequence, np.ndarray)) and not isinstance(cell, (str, bytes, bytearray))
 
 
 def _is_null(cell: Any) -> bool:

@@ -13,10 +13,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM
-
 INPUTS = Path(__file__).resolve().parents[2] / "build" / "bench"
 VOCABULARY = 49152
 # 135M and 0.5B have the sizes of SmolLM2-135M and Qwen2.5-0.5B, with this vocabulary.
@@ -52,6 +48,11 @@ def make_model(path: Path, shape: str = "135M", dtype: str = "bfloat16", seed: i
     """Write a Llama of random weights with a byte-level tokenizer, unless it is there already."""
     if (path / "tokenizer.json").exists():
         return path
+    # Late, as they take seconds and most benchmarks make no model.
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(seed)
     config = LlamaConfig(
         **SHAPES[shape],
