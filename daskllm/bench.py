@@ -103,6 +103,7 @@ def measure(
     dtype: str = "auto",
     device: str = "auto",
     quantize: str | None = None,
+    kv_dtype: str = "auto",
     kv_memory: int | str = "auto",
     profile: bool = False,
 ) -> dict[str, Any]:
@@ -133,6 +134,7 @@ def measure(
         "dtype": dtype,
         "device": device,
         "quantize": quantize,
+        "kv_dtype": kv_dtype,
         "kv_memory": kv_memory,
     }
     for name, given in (("threads", threads), ("stages", stages)):
@@ -286,13 +288,14 @@ def _engine_here(spec: ModelSpec) -> dict[str, Any]:
 
 def _engine(session: Session) -> dict[str, Any]:
     """How the engine was set up, and what it did."""
-    keys = session.engine.runner.cache.keys
+    cache = session.engine.runner.cache
     metrics = session.engine.metrics
     return {
-        "dtype": str(keys[0].dtype).removeprefix("torch."),
+        "dtype": session.model.dtype,
         "device": session.engine.runner.device,
         "quantize": session.spec.quantize,
-        "kv_mb": round(2 * sum(tensor.nbytes for tensor in keys) / MEGABYTE, 3),
+        "kv_dtype": session.model.kv_dtype,
+        "kv_mb": round(sum(tensor.nbytes for tensor in (*cache.keys, *cache.values)) / MEGABYTE, 3),
         "preemptions": metrics.preemptions,
         "reused_tokens": metrics.reused_tokens,
         "mean_batch": round(metrics.fill(), 1),

@@ -73,6 +73,7 @@ class LLM:
     def __repr__(self) -> str:
         spec = self.spec
         quantized = "" if spec.quantize is None else f" quantize={spec.quantize}"
+        quantized += "" if spec.kv_dtype == "auto" else f" kv_dtype={spec.kv_dtype}"
         return f"<LLM {spec.path} dtype={spec.dtype} device={spec.device}{quantized}>"
 
     def _repr_html_(self) -> str:
@@ -317,6 +318,7 @@ def load(
     dtype: str = "auto",
     device: str = "auto",
     quantize: str | None = None,
+    kv_dtype: str = "auto",
     revision: str | None = None,
     client: Client | None = None,
     plan: Plan | Literal["auto"] = "auto",
@@ -338,6 +340,9 @@ def load(
         quantize: None, weights as they are; "int8", the matrices of the layers and the head in eight bits
             with a scale for each output channel, multiplied with inputs in eight bits: half the memory that
             they take in bfloat16, and other answers. On CPUs.
+        kv_dtype: "auto", keys and values in the type that the model computes in; "int8", in eight bits with a
+            scale for each token and head: about half the memory that they take in bfloat16, and other
+            answers. On CPUs, and where head_dim is a multiple of 4.
         revision: branch, tag or commit of a Hub id.
         client: the Dask client whose workers answer lists, Series and pandas tables.
         plan: a `daskllm.graph.Plan` over the client's workers, named by their addresses; "auto" makes one.
@@ -370,6 +375,7 @@ def load(
         dtype=dtype,
         device=device,
         quantize=quantize,
+        kv_dtype=kv_dtype,
         revision=revision,
         kv_memory=kv_memory,
         with_content=answering is not None,

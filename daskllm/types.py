@@ -83,6 +83,7 @@ class ModelSpec:
         dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
         device: "auto" (a GPU where there is one), "cpu" or "cuda".
         quantize: "int8" for matrices in eight bits; None for weights as they are.
+        kv_dtype: "int8" for keys and values in eight bits; "auto" for the type that the model computes in.
         kv_memory: bytes of KV cache per process; None takes a share of the memory that is free.
         identity: the checkpoint's, so that a changed directory is another model.
         content: the checkpoint's, by which a process knows a copy of the directory from another model.
@@ -98,6 +99,7 @@ class ModelSpec:
     dtype: str = "auto"
     device: str = "auto"
     quantize: str | None = None
+    kv_dtype: str = "auto"
     kv_memory: int | None = None
     identity: str = ""
     content: str = ""

@@ -52,6 +52,7 @@ class FakeSpec:
     dtype: str = "none"
     device: str = "none"
     quantize: None = None
+    kv_dtype: str = "auto"
     stages: tuple[()] = ()
     chains: tuple[()] = ()
     identity: str = "fake"

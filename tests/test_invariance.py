@@ -25,6 +25,9 @@ DTYPES: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},
     "int8": {"dtype": "bfloat16", "quantize": "int8"},
     "int8-float32": {"dtype": "float32", "quantize": "int8"},
+    "kv8": {"dtype": "bfloat16", "kv_dtype": "int8"},
+    "kv8-float32": {"dtype": "float32", "kv_dtype": "int8"},
+    "int8-kv8": {"dtype": "bfloat16", "quantize": "int8", "kv_dtype": "int8"},
 }
 GREEDY = SamplingParams(max_tokens=40, ignore_eos=True)
 
@@ -65,6 +68,11 @@ def run(path: Path, dtype: str, seen: Seen, prompts: list[list[int]], **changes:
     return dict(seen), session
 
 
+def block_bytes(session: Session) -> int:
+    config, itemsize = session.config, session.model.kv_torch_dtype.itemsize
+    return bytes_per_block(config.num_layers, config.num_kv_heads, config.head_dim, itemsize)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_same_bits(name: str, dtype: str, tmp_path: Path, seen: Seen) -> None:
@@ -82,18 +90,15 @@ def test_same_bits(name: str, dtype: str, tmp_path: Path, seen: Seen) -> None:
     assert same(chunked)
     one_thread, session = run(path, dtype, seen, prompts, threads=1)
     assert same(one_thread)
-    config = session.config
-    itemsize = 4 if DTYPES[dtype]["dtype"] == "float32" else 2
-    block = bytes_per_block(config.num_layers, config.num_kv_heads, config.head_dim, itemsize)
-    small, session = run(path, dtype, seen, prompts, kv_memory=8 * block)
+    small, session = run(path, dtype, seen, prompts, kv_memory=8 * block_bytes(session))
     assert same(small)
     assert session.engine.metrics.preemptions > 0
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "kv8"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_same_bits_on_shared_blocks(name: str, dtype: str, tmp_path: Path, seen: Seen) -> None:
-    path = tiny.make_model(name, tmp_path / "model", dtype=dtype)
+    path = tiny.make_model(name, tmp_path / "model", dtype=DTYPES[dtype]["dtype"])
     draw = random.Random(7)
     first, second = ([draw.randrange(256) for _ in range(n)] for n in (70, 96))
     tails = [[draw.randrange(256) for _ in range(n)] for n in (1, 5, 33, 40)]
@@ -102,10 +107,8 @@ def test_same_bits_on_shared_blocks(name: str, dtype: str, tmp_path: Path, seen:
     apart, session = run(path, dtype, seen, prompts, at_once=1, reuse=0)
     assert session.metrics.reused_tokens == 0
 
-    config = session.config
-    itemsize = 4 if dtype == "float32" else 2
-    block = bytes_per_block(config.num_layers, config.num_kv_heads, config.head_dim, itemsize)
-    ways: list[dict[str, int]] = [{}, {"at_once": 1}, {"step_tokens": 13}, {"kv_memory": 10 * block}]
+    small = 10 * block_bytes(session)
+    ways: list[dict[str, int]] = [{}, {"at_once": 1}, {"step_tokens": 13}, {"kv_memory": small}]
     for way in ways:
         shared, session = run(path, dtype, seen, prompts, **way)
         assert shared.keys() == apart.keys()

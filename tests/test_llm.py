@@ -188,6 +188,8 @@ def test_a_bag_is_not_computed_by_the_call(llm: LLM, fake: FakeLLM) -> None:
         ({"dtype": "int8"}, ValueError),
         ({"device": "tpu"}, ValueError),
         ({"quantize": "int4"}, ValueError),
+        ({"kv_dtype": "int4"}, ValueError),
+        ({"kv_dtype": None}, ValueError),
         ({"plan": "greedy"}, ValueError),
         ({"stages": 2}, ValueError),
         ({"replicas": 2}, ValueError),

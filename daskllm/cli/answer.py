@@ -90,6 +90,7 @@ def generate(
     dtype: str,
     device: str,
     quantize: str | None,
+    kv_dtype: str,
     kv_memory: str,
     **sampling: Any,
 ) -> None:
@@ -102,6 +103,7 @@ def generate(
         "dtype": dtype,
         "device": device,
         "quantize": quantize,
+        "kv_dtype": kv_dtype,
         "kv_memory": kv_memory,
     }
     place: dict[str, Any] = {"resume": not no_resume, "overwrite": overwrite, "on_error": on_error}

@@ -29,6 +29,7 @@ def bench(
     dtype: str,
     device: str,
     quantize: str | None,
+    kv_dtype: str,
     kv_memory: str,
     work: str,
     workers: int | None,
@@ -50,6 +51,7 @@ def bench(
             dtype=dtype,
             device=device,
             quantize=quantize,
+            kv_dtype=kv_dtype,
             kv_memory=kv_memory,
             profile=profile,
         )

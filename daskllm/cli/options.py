@@ -100,6 +100,9 @@ loading_options = all_of(
     ),
     click.option("--device", default="auto", help="cpu, cuda or auto."),
     click.option("--quantize", type=click.Choice(["int8"]), help="Weights in eight bits; CPUs only."),
+    click.option(
+        "--kv-dtype", type=click.Choice(["auto", "int8"]), default="auto", help="Of keys and values."
+    ),
     click.option("--kv-memory", default="auto", help="Of the KV cache in each process, such as 2GiB."),
 )
 answers_option = click.option(

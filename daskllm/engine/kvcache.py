@@ -18,6 +18,7 @@ import torch
 
 from daskllm.engine.batch import BLOCK_SIZE
 from daskllm.engine.kernels import padded_head_dim
+from daskllm.engine.kernels.int8 import SCALE_BYTES
 
 __all__ = ["BlockPool", "KVCache", "block_key", "blocks_for", "bytes_per_block"]
 
@@ -37,8 +38,9 @@ def blocks_for(tokens: int) -> int:
 
 
 def bytes_per_block(layers: int, kv_heads: int, head_dim: int, itemsize: int) -> int:
-    """Bytes of one block over all layers, keys and values together."""
-    return layers * kv_heads * BLOCK_SIZE * (head_dim + padded_head_dim(head_dim)) * itemsize
+    """Bytes of one block over all layers, keys and values together; scales beside numbers of one byte."""
+    scales = 2 * SCALE_BYTES if itemsize == 1 else 0
+    return layers * kv_heads * BLOCK_SIZE * ((head_dim + padded_head_dim(head_dim)) * itemsize + scales)
 
 
 def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:
@@ -157,6 +159,8 @@ class KVCache:
     Attributes:
         keys: per layer ``[blocks, kv_heads, head_dim, BLOCK_SIZE]``.
         values: per layer ``[blocks, kv_heads, BLOCK_SIZE, padded head_dim]``.
+
+    In int8 ``head_dim`` and ``padded head_dim`` are 4 more: the bytes of each token's scale.
     """
 
     def __init__(
@@ -170,9 +174,10 @@ class KVCache:
     ) -> None:
         # Not filled: the system hands out pages as blocks are first written, so a large cache costs
         # memory only when it is used.
-        padded = padded_head_dim(head_dim)
+        scale = SCALE_BYTES if dtype == torch.int8 else 0
+        padded = padded_head_dim(head_dim) + scale
         self.keys = [
-            torch.empty((blocks, kv_heads, head_dim, BLOCK_SIZE), dtype=dtype, device=device)
+            torch.empty((blocks, kv_heads, head_dim + scale, BLOCK_SIZE), dtype=dtype, device=device)
             for _ in range(layers)
         ]
         self.values = [

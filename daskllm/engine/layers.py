@@ -90,6 +90,7 @@ class ResidentModel:
         device: "cpu" or "cuda".
         dtype: what weights are kept and multiplied in.
         quantize: "int8" where products are of weights and inputs in eight bits, else None.
+        kv_dtype: what keys and values are kept in: "int8", else as `dtype`.
         kernels: the operations for both.
         angles: of its rotary positions.
     """
@@ -102,9 +103,11 @@ class ResidentModel:
         dtype: str,
         version: int = 0,
         quantize: str | None = None,
+        kv_dtype: str = "auto",
     ) -> None:
         self.checkpoint, self.config, self.device, self.dtype = checkpoint, config, device, dtype
         self.version, self.quantize = version, quantize
+        self.kv_dtype = dtype if kv_dtype == "auto" else kv_dtype
         self.kernels = kernels.select(device, array.DTYPES[dtype])
         self.angles = Angles(config, device)
         # The same files may be open twice, with other settings: each has blocks of its own.
@@ -123,20 +126,27 @@ class ResidentModel:
 
         Raises:
             ModelError: the directory cannot be read or describes no known model.
-            ValueError: the device asked for is not there, or cannot do what is asked.
+            ValueError: the device asked for is not there, or it or the model cannot do what is asked.
         """
         checkpoint = checkpoint or open_checkpoint(spec.path, spec.revision)
         config = describe(checkpoint.config)
         device = pick_device(spec.device)
         if device != "cpu" and spec.quantize is not None:
             raise ValueError(f'quantize="{spec.quantize}" is for CPUs in this version: add device="cpu"')
-        wanted = config.dtype if spec.dtype == "auto" else spec.dtype
-        return cls(checkpoint, config, device, compute_dtype(wanted, device), spec.version, spec.quantize)
+        if spec.kv_dtype != "auto":
+            _check_kv_dtype(spec.kv_dtype, config, device)
+        dtype = compute_dtype(config.dtype if spec.dtype == "auto" else spec.dtype, device)
+        return cls(checkpoint, config, device, dtype, spec.version, spec.quantize, spec.kv_dtype)
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """`dtype` as torch has it."""
         return array.DTYPES[self.dtype]
+
+    @property
+    def kv_torch_dtype(self) -> torch.dtype:
+        """`kv_dtype` as torch has it."""
+        return torch.int8 if self.kv_dtype == "int8" else array.DTYPES[self.kv_dtype]
 
     def layer(self, name: str) -> Layer:
         """One layer, ready to run; `daskllm.models.layer_names` has their names.
@@ -244,6 +254,17 @@ def pick_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError('device="cuda" but torch sees no GPU; use device="cpu" or "auto"')
     return device
+
+
+def _check_kv_dtype(kv_dtype: str, config: DecoderConfig, device: str) -> None:
+    """Refuse keys and values in eight bits where there are none (ValueError)."""
+    if device != "cpu":
+        raise ValueError(f'kv_dtype="{kv_dtype}" is for CPUs in this version: add device="cpu"')
+    if config.head_dim % 4:
+        raise ValueError(
+            f'kv_dtype="{kv_dtype}" takes heads by fours of numbers, and this model has head_dim='
+            f'{config.head_dim}: leave kv_dtype="auto"'
+        )
 
 
 def compute_dtype(wanted: str, device: str) -> str:

@@ -30,7 +30,7 @@ Array: TypeAlias = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """A layer's keys and values of the positions so far, as float32 blocks of a cache of its own."""
+    """A layer's keys and values of the positions so far: a cache's blocks, each number as a float32."""
 
     positions: int
     keys: Array
@@ -72,10 +72,11 @@ def run_layer(
 def _cache(model: ResidentModel, layers: int, positions: int, past: Past | None) -> KVCache:
     config = model.config
     blocks = blocks_for(positions)
-    cache = KVCache(blocks, layers, config.num_kv_heads, config.head_dim, model.torch_dtype, model.device)
+    kv = model.kv_torch_dtype
+    cache = KVCache(blocks, layers, config.num_kv_heads, config.head_dim, kv, model.device)
     if past is not None:
         for tensor, held in ((cache.keys[0], past.keys), (cache.values[0], past.values)):
-            tensor[: len(held)] = _in(model, held)
+            tensor[: len(held)] = torch.tensor(held, dtype=kv, device=model.device)
     return cache
 
 
@@ -132,7 +133,7 @@ def _head_group(model: ResidentModel, attributes: Mapping[str, Any], normed: Arr
     biases = [model.block(layer, f"{name}.bias")[rows[name]] for name in "qkv"] if config.qkv_bias else None
     x = _in(model, normed)
     qkv = reference.linear(x, reference.pack(weights, biases))
-    cache = KVCache(blocks_for(len(x)), 1, last - first, size, model.torch_dtype, model.device)
+    cache = KVCache(blocks_for(len(x)), 1, last - first, size, model.kv_torch_dtype, model.device)
     batch = _batch(model, [0] * len(x))
     norms = None
     if config.qk_norm:

@@ -63,7 +63,7 @@ def kv_room(model: ResidentModel, layers: Sequence[str], kv_memory: int | None, 
     """
     config = model.config
     attending = sum(name.startswith("layers.") for name in layers)
-    size = bytes_per_block(attending, config.num_kv_heads, config.head_dim, model.torch_dtype.itemsize)
+    size = bytes_per_block(attending, config.num_kv_heads, config.head_dim, model.kv_torch_dtype.itemsize)
     enough = flights * MAX_SEQUENCES * blocks_for(config.max_positions)
     if not size:
         return enough
@@ -88,7 +88,8 @@ def open_runner(model: ResidentModel, layers: Sequence[str], blocks: int) -> Run
     ready = [model.layer(name) for name in layers]
     attending = sum(isinstance(layer, DecoderLayer) for layer in ready)
     config = model.config
-    cache = KVCache(blocks, attending, config.num_kv_heads, config.head_dim, model.torch_dtype, model.device)
+    kv = model.kv_torch_dtype
+    cache = KVCache(blocks, attending, config.num_kv_heads, config.head_dim, kv, model.device)
     return Runner(config, ready, cache, model.kernels, model.angles, model.device)
 
 

@@ -32,6 +32,8 @@ class _Sizes:
     item: int
     shards: int
     quantized: bool
+    kv_item: int
+    kv_scale: int
 
     def linear(self, weights: int, channels: int, biases: int = 0) -> int:
         """Bytes of matrices with so many weights, output channels and biases."""
@@ -50,13 +52,16 @@ class _Sizes:
         return [(stop - size, stop) for size, stop in zip(sizes, accumulate(sizes), strict=True)]
 
 
-def decoder_opening(config: DecoderConfig, dtype: str, shards: int, quantize: str | None = None) -> Opening:
+def decoder_opening(
+    config: DecoderConfig, dtype: str, shards: int, quantize: str | None = None, kv_dtype: str = "auto"
+) -> Opening:
     """Embedding, blocks and head of a decoder, in order, each with its own inside.
 
     Args:
-        dtype: of weights, KV and activations.
+        dtype: of weights, activations and KV.
         shards: head groups, MLP columns and vocabulary shards that a block opens into.
         quantize: "int8" for matrices of one byte a weight and a float32 scale for each output channel.
+        kv_dtype: "int8" for KV of one byte a number and a float32 scale for each key and value of a head.
 
     Raises:
         ValueError: unknown dtype or quantisation, or ``shards`` below 1.
@@ -65,9 +70,13 @@ def decoder_opening(config: DecoderConfig, dtype: str, shards: int, quantize: st
         raise ValueError(f"dtype must be one of {', '.join(ITEMSIZE)}, not {dtype!r}")
     if quantize not in (None, "int8"):
         raise ValueError(f'quantize must be None or "int8", not {quantize!r}')
+    if kv_dtype not in ("auto", "int8"):
+        raise ValueError(f'kv_dtype must be "auto" or "int8", not {kv_dtype!r}')
     if isinstance(shards, bool) or not isinstance(shards, int) or shards < 1:
         raise ValueError(f"shards must be an integer of at least 1, not {shards!r}")
-    sizes = _Sizes(config, ITEMSIZE[dtype], shards, quantize is not None)
+    item = ITEMSIZE[dtype]
+    kv = (item, 0) if kv_dtype == "auto" else (1, 4)
+    sizes = _Sizes(config, item, shards, quantize is not None, *kv)
     whole = replace(sizes, shards=1)
     nodes = [_whole("embed", "embed", _embed(whole), _embed(sizes))]
     nodes += [
@@ -243,7 +252,7 @@ def _attention(s: _Sizes, index: int) -> Opening:
                 + (2 * c.head_dim * s.item if c.qk_norm else 0),
                 flops_per_token=2 * weights + biases,
                 flops_per_position=4 * queries,
-                kv_bytes=2 * keys * s.item,
+                kv_bytes=2 * (keys * s.kv_item + (stop - start) * s.kv_scale),
                 activation_bytes=(2 * c.hidden_size + 2 * queries + 2 * keys) * s.item,
                 output_bytes=c.hidden_size * s.item,
                 window=c.windows[index] if c.windows else None,

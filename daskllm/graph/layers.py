@@ -99,20 +99,26 @@ class LayerGraph:
         *,
         shards: int | None = None,
         quantize: str | None = None,
+        kv_dtype: str = "auto",
     ) -> LayerGraph:
         """The graph of a decoder from its description alone: ``embed``, ``layers.0`` …, ``head``.
 
         Args:
-            dtype: of weights, KV and activations; the checkpoint's own by default.
+            dtype: of weights, activations and KV; the checkpoint's own by default.
             shards: into how many head groups, MLP columns and vocabulary shards a block opens; by default
                 one per KV head.
             quantize: "int8" for matrices in eight bits, as `daskllm.load` has it.
+            kv_dtype: "int8" for KV in eight bits, likewise.
 
         Raises:
             ValueError: unknown dtype or quantisation, or ``shards`` below 1.
         """
         inside = decoder_opening(
-            config, dtype or config.dtype, config.num_kv_heads if shards is None else shards, quantize
+            config,
+            dtype or config.dtype,
+            config.num_kv_heads if shards is None else shards,
+            quantize,
+            kv_dtype,
         )
         return cls(inside.nodes, inside.edges, config.family)
 

@@ -41,6 +41,7 @@ __all__ = [
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 QUANTIZE = (None, "int8")
+KV_DTYPES = ("auto", "int8")
 ALLOWED_FAILURES = 20
 """How many workers may die while a task is theirs before Dask calls it the cause (``KilledWorker``).
 
@@ -51,7 +52,7 @@ often passes 3 and never 20. A row that does kill its worker each time still end
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def check_options(dtype: Any, device: Any, quantize: Any) -> None:
+def check_options(dtype: Any, device: Any, quantize: Any, kv_dtype: Any = "auto") -> None:
     """Refuse values that are not among the known ones.
 
     Raises:
@@ -61,12 +62,14 @@ def check_options(dtype: Any, device: Any, quantize: Any) -> None:
         ("dtype", dtype, DTYPES),
         ("device", device, DEVICES),
         ("quantize", quantize, QUANTIZE),
+        ("kv_dtype", kv_dtype, KV_DTYPES),
     ):
         if not any(value is one or (type(value) is type(one) and value == one) for one in allowed):
             listed = " or ".join(repr(one) for one in allowed)
             raise ValueError(f"{name} must be {listed} in this version, not {value!r}")
-    if device == "cuda" and quantize is not None:
-        raise ValueError(f'quantize="{quantize}" is for CPUs in this version: device="cuda" cannot have it')
+    for name, value in (("quantize", quantize), ("kv_dtype", kv_dtype)):
+        if device == "cuda" and value == "int8":
+            raise ValueError(f'{name}="{value}" is for CPUs in this version: device="cuda" cannot have it')
 
 
 def check_client(client: Any) -> None:
@@ -116,6 +119,7 @@ def specify(
     dtype: str = "auto",
     device: str = "auto",
     quantize: str | None = None,
+    kv_dtype: str = "auto",
     revision: str | None = None,
     kv_memory: int | str = "auto",
     with_content: bool = True,
@@ -127,7 +131,7 @@ def specify(
 
     Others, raises: as `daskllm.load`.
     """
-    check_options(dtype, device, quantize)
+    check_options(dtype, device, quantize, kv_dtype)
     memory = kv_bytes(kv_memory)
     checkpoint = open_checkpoint(model, revision)
     try:
@@ -140,6 +144,7 @@ def specify(
             dtype=dtype,
             device=device,
             quantize=quantize,
+            kv_dtype=kv_dtype,
             kv_memory=memory,
             identity=checkpoint.identity,
             content=checkpoint.content() if with_content else "",

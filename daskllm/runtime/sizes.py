@@ -24,4 +24,4 @@ def dtype_of(spec: ModelSpec, config: DecoderConfig) -> str:
 
 def graph_of(spec: ModelSpec, config: DecoderConfig) -> LayerGraph:
     """The model's graph of layers, with the bytes of its types."""
-    return LayerGraph.of(config, dtype_of(spec, config), quantize=spec.quantize)
+    return LayerGraph.of(config, dtype_of(spec, config), quantize=spec.quantize, kv_dtype=spec.kv_dtype)

@@ -57,7 +57,7 @@ def main() -> None:
     session, draw = llm.session(), Random(0)
     once(session, 8, draw)
     rounds = [once(session, args.tokens, draw) for _ in range(args.rounds)]
-    size, dtype = step_bytes(session, args.tokens), session.engine.runner.cache.keys[0].dtype
+    size, dtype = step_bytes(session, args.tokens), session.model.torch_dtype
     llm.close()
     with ThreadPoolExecutor(1) as thread:
         bandwidth = thread.submit(machine_rates, dtype).result().bandwidth

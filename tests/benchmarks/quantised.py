@@ -28,6 +28,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"},
     "bfloat16": {"dtype": "bfloat16"},
     "int8 weights": {"dtype": "bfloat16", "quantize": "int8"},
+    "int8 KV": {"dtype": "bfloat16", "kv_dtype": "int8"},
+    "int8 weights and KV": {"dtype": "bfloat16", "quantize": "int8", "kv_dtype": "int8"},
 }
 BATCH, PROMPT, OUT = 32, 64, 128
 

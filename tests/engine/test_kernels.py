@@ -9,6 +9,8 @@ import torch
 from daskllm.engine.batch import BLOCK_SIZE, Batch, Chunk
 from daskllm.engine.kernels import cpu, padded_head_dim, reference
 from daskllm.engine.kernels.cpu.gemm import COLUMNS
+from daskllm.engine.kernels.int8 import halves
+from daskllm.engine.kvcache import KVCache
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 SIZES = pytest.mark.parametrize("size", [16, 20, 44, 64, 172, 576])
@@ -143,6 +145,115 @@ def plain(cache: torch.Tensor) -> torch.Tensor:
     each = 4 // cache.itemsize
     panels = cache.view(blocks, heads, columns // COLUMNS, inputs // each, COLUMNS, each)
     return panels.permute(0, 1, 3, 5, 2, 4).reshape(cache.shape)
+
+
+def plain_int8(cache: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The CPU's keys or values in eight bits as `reference` has them: numbers by fours of inputs, keys 128
+    higher; and the scales."""
+    numbers, scales = halves(cache, rows)
+    blocks, heads, _, columns = numbers.shape
+    panels = numbers.reshape(blocks, heads, columns // 32, rows // 4, 32, 4)
+    return panels.permute(0, 1, 3, 5, 2, 4).reshape(numbers.shape), scales
+
+
+class CacheInt8(Cache):
+    """The same in eight bits; what is poison there is any number and no scale here."""
+
+    def __init__(self, heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> None:
+        super().__init__(heads, kv_heads, size, dtype)
+        held = KVCache(10, 1, kv_heads, size, torch.int8)
+        self.keys, self.values = held.keys[0].random_(), held.values[0].random_()
+        for cache, rows in ((self.keys, size), (self.values, BLOCK_SIZE)):
+            halves(cache, rows)[1].fill_(float("nan"))
+
+
+@DTYPES
+@HEADS
+@pytest.mark.parametrize("normed", [False, True])
+def test_rope_store_in_eight_bits(
+    dtype: torch.dtype, heads: int, kv_heads: int, size: int, normed: bool
+) -> None:
+    cache = CacheInt8(heads, kv_heads, size, dtype)
+    keys, values = cache.keys.clone(), cache.values.clone()
+    cache.qkv[7] = 0
+    norms = (random(size, dtype=dtype), random(size, dtype=dtype)) if normed else None
+    rest = (cache.batch, cache.angles, norms, 1e-6)
+    found = cpu.rope_store(cache.qkv, cache.keys, cache.values, *rest)
+    close(found, reference.rope_store(cache.qkv, keys, values, *rest))
+    for mine, theirs, rows, higher in (
+        (cache.keys, keys, size, 128),
+        (cache.values, values, BLOCK_SIZE, 0),
+    ):
+        numbers, scales = plain_int8(mine, rows)
+        expected, expected_scales = halves(theirs, rows)
+        torch.testing.assert_close(scales, expected_scales, rtol=1e-6, atol=0, equal_nan=True)
+        written = ~scales.isnan()
+        assert int(written.sum()) == 179 * kv_heads
+        apart = (numbers.int() + higher - expected.int()).remainder(256)
+        apart = apart.movedim(2 if rows == BLOCK_SIZE and theirs is values else 3, 2)[written]
+        # A key that lies next to the middle of two numbers may be rounded to either.
+        assert set(apart.unique().tolist()) <= {0, 1, 255}
+        assert (apart != 0).float().mean() < 1e-3
+
+
+@DTYPES
+@HEADS
+@pytest.mark.parametrize("window", [None, 1, 5, 40])
+def test_attention_in_eight_bits(
+    dtype: torch.dtype, heads: int, kv_heads: int, size: int, window: int | None
+) -> None:
+    cache = CacheInt8(heads, kv_heads, size, dtype)
+    keys, values = cache.keys.clone(), cache.values.clone()
+    rest = (cache.batch, cache.angles, None, 1e-6)
+    q = cpu.rope_store(cache.qkv, cache.keys, cache.values, *rest)
+    q[3], q[4] = 0, 100 * q[4]
+    found = cpu.attention(q, cache.keys, cache.values, cache.batch, window, size**-0.5)
+    reference.rope_store(cache.qkv, keys, values, *rest)
+    expected = reference.attention(q, keys, values, cache.batch, window, size**-0.5)
+    torch.testing.assert_close(found[4], expected[4], atol=5e-2, rtol=1e-2)  # whose scores are large
+    found[4] = expected[4]
+    loose = dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, atol=2e-2 if loose else 5e-4, rtol=1e-2 if loose else 1e-4)
+    found = cpu.attention(q, cache.keys, cache.values, cache.batch, window, size**-0.5)
+    for first, count in ((128, 1), (31, 2), (40, 70)):
+        part = Batch.of([Chunk([0] * count, first, cache.chunks[1].blocks)])
+        rows = slice(50 + first, 50 + first + count)
+        assert torch.equal(
+            cpu.attention(q[rows], cache.keys, cache.values, part, window, size**-0.5), found[rows]
+        )
+
+
+@pytest.mark.parametrize("columns_unsigned", [False, True])
+@pytest.mark.parametrize("vnni_there", [False, True])
+def test_products_of_rows_with_a_block(
+    columns_unsigned: bool, vnni_there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import numba
+
+    from daskllm.engine.kernels.cpu import vnni
+
+    if not vnni_there:
+        monkeypatch.setattr(vnni, "_VNNI", "no such instruction")
+
+    @numba.njit
+    def products(rows, x, w, quads, start, out):  # type: ignore[no-untyped-def]
+        vnni.dot_rows(rows, x, 2, 14, w, 128, quads, start, 0, out)
+
+    kinds = (torch.int8, torch.uint8) if columns_unsigned else (torch.uint8, torch.int8)
+    x, w = (
+        torch.randint(0, 256, shape).to(kind)
+        for shape, kind in zip(((12, 14), (4, 32, 4)), kinds, strict=True)
+    )
+    start = torch.arange(12, dtype=torch.int32) - 5
+    expected = x[:, 2:].double() @ w[1:].transpose(1, 2).reshape(-1, 32).double() + start[:, None]
+    for rows in range(1, 13):
+        out = torch.full((12, 32), 77, dtype=torch.int32)
+        products(rows, *(one.flatten().numpy() for one in (x, w)), 3, start.numpy(), out.flatten().numpy())
+        assert torch.equal(out[:rows].double(), expected[:rows])
+        assert (out[rows:] == 77).all()
+    assert ("vpdpbusd" in products.inspect_asm(products.signatures[0])) == (
+        vnni_there and bool(vnni.llvm.get_host_cpu_features().get("avx512vnni"))
+    )
 
 
 @DTYPES

@@ -29,10 +29,15 @@ def test_blocks_for(tokens: int, blocks: int) -> None:
     assert blocks_for(tokens) == blocks
 
 
-def test_size_is_what_the_tensors_take() -> None:
-    cache = KVCache(3, layers=2, kv_heads=2, head_dim=20, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_size_is_what_the_tensors_take(dtype: torch.dtype) -> None:
+    cache = KVCache(3, layers=2, kv_heads=2, head_dim=20, dtype=dtype)
     held = sum(t.nbytes for t in (*cache.keys, *cache.values))
-    assert held == 3 * bytes_per_block(2, 2, 20, 2)
+    assert held == 3 * bytes_per_block(2, 2, 20, dtype.itemsize)
+
+
+def test_eight_bits_take_half_of_sixteen_and_a_scale() -> None:
+    assert bytes_per_block(3, 2, 64, 1) * 128 == bytes_per_block(3, 2, 64, 2) * 68
 
 
 def test_copy_copies_every_layer() -> None:

@@ -66,6 +66,19 @@ def test_int8_matrices_take_a_byte_a_weight_and_a_scale_a_channel(options: dict[
 
 
 @pytest.mark.parametrize("options", OPTIONS)
+def test_int8_keys_and_values_take_a_byte_a_number_and_a_scale_a_head(options: dict[str, Any]) -> None:
+    config = decoder(**options)
+    whole, small = LayerGraph.of(config, "bfloat16"), LayerGraph.of(config, "bfloat16", kv_dtype="int8")
+    heads = config.num_layers * config.num_kv_heads
+    assert whole.total("kv_bytes") == 2 * heads * config.head_dim * 2
+    assert small.total("kv_bytes") == 2 * heads * (config.head_dim + 4)
+    assert small.open_all().total("kv_bytes") == small.total("kv_bytes")
+    assert small.total("weight_bytes") == whole.total("weight_bytes")
+    with pytest.raises(ValueError, match="kv_dtype must be"):
+        LayerGraph.of(config, kv_dtype="fp8")
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("shards", [1, 3, 4])
 def test_what_is_inside_adds_up(options: dict[str, Any], shards: int) -> None:
     config = decoder(**options)

@@ -182,7 +182,10 @@ def test_what_tells_answers_apart(llm: LLM) -> None:
     same = [facts(replace(spec, path="/copy", kv_memory=5, copy=1)), facts(seed=4), facts(truncate="left")]
     assert same == [facts()] * len(same)
     other = [
-        *(facts(replace(spec, **{name: "x"})) for name in ("identity", "dtype", "device", "quantize")),
+        *(
+            facts(replace(spec, **{name: "x"}))
+            for name in ("identity", "dtype", "device", "quantize", "kv_dtype")
+        ),
         facts(replace(spec, version=1)),
         facts(max_tokens=4),
         facts(n=2),

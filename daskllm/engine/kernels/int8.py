@@ -1,14 +1,21 @@
 """What eight bits mean here: whole numbers in -127 … 127 and one float32 scale for each vector.
 
 The scale of a vector is its largest magnitude over 127, so that it depends on that vector alone: a weight's
-output channel, an activation's row. Kernels give these very bits.
+output channel, an activation's row, a token's key or value of one head. Kernels give these very bits.
+
+A block of the KV cache in eight bits holds, for each head, its numbers and behind them its tokens' scales.
 """
 
 from __future__ import annotations
 
 import torch
 
-__all__ = ["quantised"]
+from daskllm.engine.batch import BLOCK_SIZE
+
+__all__ = ["SCALE_BYTES", "halves", "quantised"]
+
+SCALE_BYTES = 4
+"""Of each token's scale in a block: what a key and a value are longer than their numbers."""
 
 
 def quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -23,3 +30,17 @@ def quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     most = peak.new_tensor(127)  # a tensor: torch divides a Python number by a reciprocal, rounded twice
     inverse = torch.where(peak > 0, most / peak, 0)
     return (x * inverse.unsqueeze(-1)).round_().to(torch.int8), peak / most
+
+
+def halves(cache: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The numbers int8 ``[blocks, heads, rows, ...]`` and the scales float32 ``[blocks, heads, tokens]`` of a
+    layer's keys or values, as views.
+
+    >>> whole, scales = halves(torch.zeros(7, 2, 32, 68, dtype=torch.int8), 32)
+    >>> whole.shape, scales.shape
+    (torch.Size([7, 2, 32, 64]), torch.Size([7, 2, 32]))
+    """
+    flat = cache.flatten(2)
+    behind = BLOCK_SIZE * SCALE_BYTES
+    whole, scales = flat.split((flat.shape[2] - behind, behind), 2)
+    return whole.unflatten(2, (rows, -1)), scales.view(torch.float32)

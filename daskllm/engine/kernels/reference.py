@@ -5,7 +5,8 @@ torch has; it promises values, not bits.
 
 Shapes: a batch has ``rows`` tokens; a layer's cache is ``keys [blocks, kv_heads, head_dim, BLOCK_SIZE]``
 (transposed, so that scores are sums over head_dim of contiguous keys) and
-``values [blocks, kv_heads, BLOCK_SIZE, padded head_dim]``.
+``values [blocks, kv_heads, BLOCK_SIZE, padded head_dim]``; in int8 both are longer by each token's scale, see
+`daskllm.engine.kernels.int8.halves`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 
 from daskllm.engine.batch import Batch
 from daskllm.engine.kernels.composed import Composed
-from daskllm.engine.kernels.int8 import quantised
+from daskllm.engine.kernels.int8 import SCALE_BYTES, halves, quantised
 
 __all__ = [
     "PACKS",
@@ -138,7 +139,7 @@ def rope_store(
     Returns:
         q ``[rows, heads * head_dim]``.
     """
-    _, kv_heads, size, block = keys.shape
+    kv_heads, size, block = _sizes(keys)
     heads = qkv.shape[1] // size - 2 * kv_heads
     q, k, v = qkv.view(qkv.shape[0], -1, size).split([heads, kv_heads, kv_heads], dim=1)
     if norms is not None:
@@ -153,6 +154,10 @@ def rope_store(
             for x1, x2 in (x.float().chunk(2, -1) for x in (q, k))
         )
     at, offset = batch.slots // block, batch.slots % block
+    if keys.dtype == torch.int8:
+        (keys, key_scales), (values, value_scales) = halves(keys, size), halves(values, block)
+        k, key_scales[at, :, offset] = quantised(k)
+        v, value_scales[at, :, offset] = quantised(v)
     keys[at, :, :, offset] = k.to(keys.dtype)
     values[at, :, offset, :size] = v
     values[at, :, offset, size:] = 0
@@ -167,14 +172,21 @@ def attention(
     ``window`` is how many most recent positions count, the row's own included. Returns the shape and dtype
     of ``q``.
     """
-    _, kv_heads, size, block = keys.shape
+    kv_heads, size, block = _sizes(keys)
     group = q.shape[1] // size // kv_heads
     out = torch.empty_like(q)
     for table, row, count, start in batch.tiles.tolist():
         end = start + count
         used = batch.tables[table, : (end + block - 1) // block]
-        k = keys[used].permute(1, 2, 0, 3).reshape(kv_heads, size, -1)[..., :end].float()
-        v = values[used].permute(1, 0, 2, 3).reshape(kv_heads, -1, values.shape[3])[:, :end, :size].float()
+        held_keys, held_values = keys[used], values[used]
+        if keys.dtype == torch.int8:
+            whole, scales = halves(held_keys, size)
+            held_keys = whole * scales.unsqueeze(2)
+            whole, scales = halves(held_values, block)
+            held_values = whole * scales.unsqueeze(3)
+        k = held_keys.permute(1, 2, 0, 3).reshape(kv_heads, size, -1)[..., :end].float()
+        v = held_values.permute(1, 0, 2, 3).reshape(kv_heads, -1, held_values.shape[3])
+        v = v[:, :end, :size].float()
         x = q[row : row + count].view(count, kv_heads, group, size).permute(1, 2, 0, 3).float() * scale
         scores = x.reshape(kv_heads, group * count, size) @ k
         key, query = torch.arange(end, device=q.device), torch.arange(start, end, device=q.device)[:, None]
@@ -186,6 +198,12 @@ def attention(
         mixed = mixed.view(kv_heads, group, count, size).permute(2, 0, 1, 3)
         out[row : row + count] = mixed.reshape(count, -1).to(q.dtype)
     return out
+
+
+def _sizes(keys: torch.Tensor) -> tuple[int, int, int]:
+    """KV heads, head_dim and tokens of a layer's blocks."""
+    _, kv_heads, size, block = keys.shape
+    return kv_heads, size - SCALE_BYTES * (keys.dtype == torch.int8), block
 
 
 def activate(x: torch.Tensor, kind: str, gated: bool) -> torch.Tensor:

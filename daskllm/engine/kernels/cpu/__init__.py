@@ -19,9 +19,8 @@ from typing import Any
 import torch
 
 from daskllm.engine.kernels.composed import Composed
-from daskllm.engine.kernels.cpu.attention import attention
+from daskllm.engine.kernels.cpu.cached import attention, rope_store
 from daskllm.engine.kernels.cpu.gemm import Packed, linear, pack
-from daskllm.engine.kernels.cpu.rope import rope_store
 from daskllm.engine.kernels.cpu.rows import activate, add_norm
 from daskllm.engine.kernels.cpu.stack import Stack
 
@@ -52,12 +51,29 @@ def stack(
     layers: Sequence[Any], keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], config: Any
 ) -> Stack | Composed:
     """Decoder layers ready to run together."""
-    if not isinstance(layers[0].qkv, Packed):
-        from daskllm.engine.kernels.cpu.stack_int8 import StackInt8
-
-        return StackInt8(layers, keys, values, config)
-    widths = (config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size)
-    if keys[0].dtype == torch.bfloat16 and any(width % 2 for width in widths):
+    qkv, widths = (
+        layers[0].qkv,
+        (config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size),
+    )
+    wide = isinstance(qkv, Packed)
+    if wide and qkv.panels.dtype == torch.bfloat16 and any(width % 2 for width in widths):
         # A product reads inputs two by two, and only `linear` makes room for the last one's neighbour.
         return Composed(sys.modules[__name__], layers, keys, values, config)
-    return Stack(layers, keys, values, config)
+    return _stack_of(wide, keys[0].dtype == torch.int8)(layers, keys, values, config)
+
+
+def _stack_of(wide: bool, narrow_cache: bool) -> type[Stack]:
+    """The stack for weights that are wide or int8, and such a cache; no kernel is loaded that is not used."""
+    if wide and not narrow_cache:
+        return Stack
+    if wide:
+        from daskllm.engine.kernels.cpu.stack_kv8 import StackKV8
+
+        return StackKV8
+    if not narrow_cache:
+        from daskllm.engine.kernels.cpu.stack_int8 import StackInt8
+
+        return StackInt8
+    from daskllm.engine.kernels.cpu.stack_int8_kv8 import StackInt8KV8
+
+    return StackInt8KV8

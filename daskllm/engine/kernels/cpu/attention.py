@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numba
 import numpy as np
-import torch
 
-from daskllm.engine.batch import BLOCK_SIZE, TILE, Batch
+from daskllm.engine.batch import BLOCK_SIZE, TILE
 from daskllm.engine.kernels.cpu.gemm import COLUMNS, ROWS, tile
 from daskllm.engine.kernels.cpu.simd import (
     LANES,
@@ -26,11 +25,12 @@ from daskllm.engine.kernels.cpu.simd import (
     vstore,
     vsub,
 )
-from daskllm.engine.kernels.cpu.team import SIGNATURE, float_bits, run, take
+from daskllm.engine.kernels.cpu.team import SIGNATURE, take
 
-__all__ = ["attend", "attention", "attention_scratch"]
+__all__ = ["MASKED", "attend", "attention_bf16", "attention_f32", "attention_scratch"]
 
-_MASKED = np.float32(-1e30)
+MASKED = np.float32(-1e30)
+"""The score of a key that a row does not see."""
 
 
 @numba.njit
@@ -48,7 +48,7 @@ def _softmax(scores, weights, row, first, last, scale, peaks, sums, alphas):  # 
     """One row of scores into weights, keys first..last-1 of the block alone (Milakov & Gimelshein 2018,
     https://arxiv.org/abs/1805.02867): peaks and sums run on, alphas is what earlier blocks shrink by."""
     at = row * BLOCK_SIZE
-    none, zero, factor = vsplat(_MASKED), vsplat(np.float32(0)), vsplat(scale)
+    none, zero, factor = vsplat(MASKED), vsplat(np.float32(0)), vsplat(scale)
     s0 = vblend(vmul(vload(scores, at), factor), none, first, last)
     s1 = vblend(vmul(vload(scores, at + LANES), factor), none, first - LANES, last - LANES)
     peak = max(peaks[row], vreduce_max(vmax(s0, s1)))
@@ -120,7 +120,7 @@ def attend(  # type: ignore[no-untyped-def]
     rows = count * group
     queries, scores, weights, mixed, peaks, sums, alphas, part, rest, odd, zeros = scratch
     mixed[: rows * padded] = 0
-    peaks[:rows] = _MASKED
+    peaks[:rows] = MASKED
     sums[: rows * LANES] = 0
     for r in range(rows):
         start = ((token + r // group) * heads + head * group + r % group) * size
@@ -170,39 +170,12 @@ def _attention_loop(pointer, dtype):  # type: ignore[no-untyped-def]
 
 
 @numba.cfunc(SIGNATURE, cache=True)
-def _attention_f32(pointer):  # type: ignore[no-untyped-def]
+def attention_f32(pointer):  # type: ignore[no-untyped-def]
+    """`attend` of all tiles, float32."""
     _attention_loop(pointer, np.float32)
 
 
 @numba.cfunc(SIGNATURE, cache=True)
-def _attention_bf16(pointer):  # type: ignore[no-untyped-def]
+def attention_bf16(pointer):  # type: ignore[no-untyped-def]
+    """`attend` of all tiles, bfloat16."""
     _attention_loop(pointer, np.uint16)
-
-
-def attention(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, window: int | None, scale: float
-) -> torch.Tensor:
-    """Causal attention of every query row over its own sequence's blocks; shape and dtype of ``q``."""
-    out = torch.empty_like(q)
-    blocks, kv_heads, size, _ = keys.shape
-    run(
-        _attention_f32 if q.dtype == torch.float32 else _attention_bf16,
-        batch.tiles.shape[0] * kv_heads,
-        q.data_ptr(),
-        keys.data_ptr(),
-        values.data_ptr(),
-        out.data_ptr(),
-        batch.tables.data_ptr(),
-        batch.tiles.data_ptr(),
-        q.shape[1] // size,
-        kv_heads,
-        size,
-        values.shape[3],
-        blocks,
-        *batch.tables.shape,
-        q.shape[0],
-        window or 0,
-        float_bits(scale),
-        0,
-    )
-    return out

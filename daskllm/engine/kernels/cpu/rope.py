@@ -11,19 +11,18 @@ import math
 
 import numba
 import numpy as np
-import torch
 
-from daskllm.engine.batch import BLOCK_SIZE, Batch
+from daskllm.engine.batch import BLOCK_SIZE
 from daskllm.engine.kernels.cpu.gemm import COLUMNS
 from daskllm.engine.kernels.cpu.rows import sum_of_squares
 from daskllm.engine.kernels.cpu.simd import array, as_float, load, store
-from daskllm.engine.kernels.cpu.team import SIGNATURE, address, float_bits, run, take
+from daskllm.engine.kernels.cpu.team import SIGNATURE, take
 
-__all__ = ["rope_row", "rope_store"]
+__all__ = ["rope_bf16", "rope_f32", "rope_row", "turned_head"]
 
 
 @numba.njit
-def _head(source, start, weight, eps, cos, sin, angle, size, scratch):  # type: ignore[no-untyped-def]
+def turned_head(source, start, weight, eps, cos, sin, angle, size, scratch):  # type: ignore[no-untyped-def]
     """One head's vector into scratch: normed when it has a weight, then turned by its position."""
     scale = np.float32(1)
     if weight.size:
@@ -74,13 +73,13 @@ def rope_row(  # type: ignore[no-untyped-def]
     width = (heads + 2 * kv_heads) * size
     angle = positions[item] * (size // 2)
     for h in range(heads):
-        _head(qkv, item * width + h * size, q_norm, eps, cos, sin, angle, size, scratch)
+        turned_head(qkv, item * width + h * size, q_norm, eps, cos, sin, angle, size, scratch)
         for i in range(size):
             store(q, (item * heads + h) * size + i, scratch[i])
     block, offset = slots[item] // BLOCK_SIZE, slots[item] % BLOCK_SIZE
     for h in range(kv_heads):
         start = item * width + (heads + h) * size
-        _head(qkv, start, k_norm, eps, cos, sin, angle, size, scratch)
+        turned_head(qkv, start, k_norm, eps, cos, sin, angle, size, scratch)
         base = (block * kv_heads + h) * BLOCK_SIZE
         _store_key(scratch, keys, base * size, offset, size)
         _store_value(qkv, start + kv_heads * size, values, base * padded, offset, size, padded)
@@ -113,52 +112,12 @@ def _rope_loop(pointer, dtype):  # type: ignore[no-untyped-def]
 
 
 @numba.cfunc(SIGNATURE, cache=True)
-def _rope_f32(pointer):  # type: ignore[no-untyped-def]
+def rope_f32(pointer):  # type: ignore[no-untyped-def]
+    """`rope_row` of all rows, float32."""
     _rope_loop(pointer, np.float32)
 
 
 @numba.cfunc(SIGNATURE, cache=True)
-def _rope_bf16(pointer):  # type: ignore[no-untyped-def]
+def rope_bf16(pointer):  # type: ignore[no-untyped-def]
+    """`rope_row` of all rows, bfloat16."""
     _rope_loop(pointer, np.uint16)
-
-
-def rope_store(
-    qkv: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    batch: Batch,
-    angles: tuple[torch.Tensor, torch.Tensor] | None,
-    norms: tuple[torch.Tensor, torch.Tensor] | None,
-    eps: float,
-) -> torch.Tensor:
-    """Norm and turn q and k, write k and v to their slots; returns q ``[rows, heads * head_dim]``."""
-    blocks, kv_heads, size, _ = keys.shape
-    if size % (4 // keys.itemsize):
-        raise ValueError(f"an odd head_dim, {size}, needs dtype='float32' on a CPU")
-    heads = qkv.shape[1] // size - 2 * kv_heads
-    q = torch.empty((qkv.shape[0], heads * size), dtype=qkv.dtype)
-    cos, sin = angles or (None, None)
-    q_norm, k_norm = norms or (None, None)
-    run(
-        _rope_f32 if qkv.dtype == torch.float32 else _rope_bf16,
-        qkv.shape[0],
-        qkv.data_ptr(),
-        q.data_ptr(),
-        keys.data_ptr(),
-        values.data_ptr(),
-        batch.positions.data_ptr(),
-        batch.slots.data_ptr(),
-        address(cos),
-        address(sin),
-        address(q_norm),
-        address(k_norm),
-        float_bits(eps),
-        heads,
-        kv_heads,
-        size,
-        values.shape[3],
-        blocks,
-        0 if cos is None else cos.shape[0],
-        0,
-    )
-    return q

@@ -162,12 +162,12 @@ def vload(typingctx, array, index):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def vstore(typingctx, array, index, value):  # type: ignore[no-untyped-def]
-    """``array[index : index + 16] = value``; into uint16, rounded to bfloat16 (nearest even); into int8,
-    whole numbers that fit."""
+    """``array[index : index + 16] = value``; into uint16, rounded to bfloat16 (nearest even); into bytes,
+    the lowest eight bits of the whole part."""
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
         pointer = element_pointer(context, builder, sig.args[0], args[0], args[1])
-        if sig.args[0].dtype == types.int8:
+        if sig.args[0].dtype in (types.int8, types.uint8):
             small = builder.trunc(builder.fptosi(args[2], _VI), _VB)
             builder.store(small, builder.bitcast(pointer, _VB.as_pointer()), align=1)
         elif sig.args[0].dtype == types.float32:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from daskllm.engine.batch import BLOCK_SIZE, Batch
+from daskllm.engine.kernels import padded_head_dim
 from daskllm.engine.kernels.cpu.attention import attend, attention_scratch
 from daskllm.engine.kernels.cpu.gemm import COLUMNS, ROWS, product, tile
 from daskllm.engine.kernels.cpu.rope import rope_row
@@ -35,7 +36,7 @@ from daskllm.engine.kernels.cpu.team import (
     team_size,
 )
 
-__all__ = ["Stack", "attention", "rope"]
+__all__ = ["Stack", "attention", "rope", "stack_loop"]
 
 PHASES = ("norm", "qkv", "rope", "attention", "o", "norm", "mlp", "down")
 """What the team does in each layer, in order."""
@@ -178,7 +179,8 @@ def _cache(a, table, layer, dtype):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(inline="always")
-def _stack_loop(pointer, dtype):  # type: ignore[no-untyped-def]
+def stack_loop(pointer, dtype, rope, attention, attention_scratch):  # type: ignore[no-untyped-def]
+    """All layers of a step, by one thread of the team; the functions are those for the cache's type."""
     a = numba.carray(pointer, (FIELDS,), np.int64)
     counters = array(a[COUNTERS_AT], a[LAYERS] * len(PHASES) * LINE, np.int64)
     clock, times = array(a[CLOCK_AT], 1, np.int64), array(a[TIMES_AT], len(PHASES), np.int64)
@@ -217,12 +219,12 @@ def _stack_loop(pointer, dtype):  # type: ignore[no-untyped-def]
 
 @numba.cfunc(SIGNATURE, cache=True)
 def _stack_f32(pointer):  # type: ignore[no-untyped-def]
-    _stack_loop(pointer, np.float32)
+    stack_loop(pointer, np.float32, rope, attention, attention_scratch)
 
 
 @numba.cfunc(SIGNATURE, cache=True)
 def _stack_bf16(pointer):  # type: ignore[no-untyped-def]
-    _stack_loop(pointer, np.uint16)
+    stack_loop(pointer, np.uint16, rope, attention, attention_scratch)
 
 
 class Stack:
@@ -247,7 +249,7 @@ class Stack:
         self.layers = list(zip(layers, keys, values, strict=True))  # what the table points to
         rows = [self._fields(*each) for each in self.layers]
         self._table = np.array(rows, np.int64).reshape(-1)
-        self._config, self._dtype = config, keys[0].dtype
+        self._config, self._dtype = config, layers[0].input_norm.weight.dtype
         self._counters = np.zeros(len(layers) * count * LINE, np.int64)
         self._room: dict[str, torch.Tensor] = {}
 
@@ -266,7 +268,7 @@ class Stack:
         self, hidden: torch.Tensor, batch: Batch, angles: tuple[torch.Tensor, torch.Tensor] | None
     ) -> np.ndarray[Any, Any]:
         config, rows = self._config, hidden.shape[0]
-        _, keys, values = self.layers[0]
+        _, keys, _ = self.layers[0]
         room = self._buffers(rows)
         cos, sin = angles or (None, None)
         a = np.zeros(FIELDS, np.int64)
@@ -286,7 +288,7 @@ class Stack:
         a[[HIDDEN, HEADS, KV_HEADS]] = config.hidden_size, config.num_heads, config.num_kv_heads
         a[[SIZE, PADDED, INNER, BLOCKS]] = (
             config.head_dim,
-            values.shape[3],
+            padded_head_dim(config.head_dim),
             config.intermediate_size,
             keys.shape[0],
         )

@@ -69,7 +69,7 @@ from daskllm.engine.kernels.cpu.stack import FIELDS as STACK_FIELDS
 from daskllm.engine.kernels.cpu.team import LINE, SIGNATURE, address, begin, meet, take, team_size
 from daskllm.engine.kernels.cpu.vnni import TILE_ROWS
 
-__all__ = ["StackInt8"]
+__all__ = ["StackInt8", "stack_loop"]
 
 PHASES = ("norm", "qkv", "rope", "attention", "quantise", "o", "norm", "mlp", "activation", "down")
 """What the team does in each layer, in order."""
@@ -152,7 +152,8 @@ def _product(a, phase, counters, table, at, size, y_at, out, scratch, dtype):  #
 
 
 @numba.njit(inline="always")
-def _stack_loop(pointer, dtype):  # type: ignore[no-untyped-def]
+def stack_loop(pointer, dtype, rope, attention, attention_scratch):  # type: ignore[no-untyped-def]
+    """As `daskllm.engine.kernels.cpu.stack.stack_loop`."""
     a = numba.carray(pointer, (FIELDS,), np.int64)
     counters = array(a[COUNTERS_AT], a[LAYERS] * len(PHASES) * LINE, np.int64)
     clock, times = array(a[CLOCK_AT], 1, np.int64), array(a[TIMES_AT], len(PHASES), np.int64)
@@ -193,12 +194,12 @@ def _stack_loop(pointer, dtype):  # type: ignore[no-untyped-def]
 
 @numba.cfunc(SIGNATURE, cache=True)
 def _stack_f32(pointer):  # type: ignore[no-untyped-def]
-    _stack_loop(pointer, np.float32)
+    stack_loop(pointer, np.float32, rope, attention, attention_scratch)
 
 
 @numba.cfunc(SIGNATURE, cache=True)
 def _stack_bf16(pointer):  # type: ignore[no-untyped-def]
-    _stack_loop(pointer, np.uint16)
+    stack_loop(pointer, np.uint16, rope, attention, attention_scratch)
 
 
 class StackInt8(Stack):

@@ -15,11 +15,14 @@ from numba.extending import intrinsic
 
 from daskllm.engine.kernels.cpu.simd import LANES, element_pointer
 
-__all__ = ["TILE_COLUMNS", "TILE_ROWS", "dot_tile"]
+__all__ = ["BLOCK_ROWS", "TILE_COLUMNS", "TILE_ROWS", "dot_rows", "dot_tile"]
 
 TILE_ROWS, TILE_COLUMNS = 4, 6
 """Rows, and registers of output channels: 24 sums, six weights and an input fill the 32 registers. (8 by 3, 6
 by 4 and 12 by 2 were slower, by 3% at 32 rows and 40% and more at one.)"""
+
+BLOCK_ROWS = 12
+"""Rows at most that are multiplied with a block of 32 columns at once: 24 sums."""
 
 _VNNI = "avx512vnni"
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
@@ -108,3 +111,92 @@ def dot_tile(typingctx, x, x_at, w, w_at, quads, minus, row, out):  # type: igno
 
     whole = types.intp
     return types.void(x, whole, w, whole, whole, minus, whole, out), codegen
+
+
+def _rows_function(module: Any, columns_unsigned: bool) -> Any:
+    """``(rows, x, stride, w, quads, start, out)``: registers are named at compile time, so there is a loop
+    for each number of rows and a jump to it."""
+    name = f"daskllm_int8_rows_{'columns' if columns_unsigned else 'rows'}_unsigned"
+    if name in module.globals:
+        return module.globals[name]
+    bytes_, words = _I8.as_pointer(), _I32.as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [_I64, bytes_, _I64, bytes_, _I64, words, words])
+    function = ir.Function(module, kind, name)
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    ways = [function.append_basic_block(f"rows_{n}") for n in range(1, BLOCK_ROWS + 1)]
+    jump = builder.switch(function.args[0], ways[-1])
+    for n, block in enumerate(ways, start=1):
+        jump.add_case(_I64(n), block)
+        builder.position_at_end(block)
+        _rows_loop(builder, n, columns_unsigned, *function.args[1:])
+        builder.ret_void()
+    return function
+
+
+def _rows_loop(
+    builder: Any,
+    rows: int,
+    columns_unsigned: bool,
+    x: Any,
+    stride: Any,
+    w: Any,
+    quads: Any,
+    start: Any,
+    out: Any,
+) -> None:
+    words = _I32.as_pointer()
+    first = [_splat(builder, builder.load(builder.gep(start, [_I64(r)]), align=4)) for r in range(rows)]
+    before, loop, after = builder.block, *(builder.append_basic_block(name) for name in ("k", "end"))
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    k = builder.phi(_I64)
+    sums = [[builder.phi(_VI) for _ in range(2)] for _ in first]
+    panel = builder.bitcast(builder.gep(w, [builder.mul(k, _I64(8 * LANES))]), _VI.as_pointer())
+    columns = [builder.load(builder.gep(panel, [_I64(j)]), align=1) for j in range(2)]
+    place, grown = builder.gep(x, [builder.mul(k, _I64(4))]), []
+    for row in sums:
+        value = _splat(builder, builder.load(builder.bitcast(place, words), align=1))
+        pairs = [(column, value) if columns_unsigned else (value, column) for column in columns]
+        grown.append([_dot(builder, total, *pair) for total, pair in zip(row, pairs, strict=True)])
+        place = builder.gep(place, [stride])
+    following = builder.add(k, _I64(1))
+    for phi, begin, new in [(k, _I64(0), following)] + [
+        (sums[r][j], first[r], grown[r][j]) for r in range(rows) for j in range(2)
+    ]:
+        phi.add_incoming(begin, before)
+        phi.add_incoming(new, loop)
+    builder.cbranch(builder.icmp_signed("<", following, quads), loop, after)
+    builder.position_at_end(after)
+    into = builder.bitcast(out, _VI.as_pointer())
+    for i, total in enumerate(total for row in grown for total in row):
+        builder.store(total, builder.gep(into, [_I64(i)]), align=4)
+
+
+@intrinsic
+def dot_rows(typingctx, rows, x, x_at, stride, w, w_at, quads, start, row, out):  # type: ignore[no-untyped-def]
+    """Int32 products of 1 to `BLOCK_ROWS` rows with 32 columns, ``[rows, 32]`` from ``out[32 * row]`` on.
+
+    Args:
+        x, x_at, stride: where the first row begins and how far apart two are; ``4 * quads`` of each count.
+        w, w_at: ``[quads, 32, 4]``; of ``x`` and ``w``, one is int8 and the other uint8.
+        start: int32, what each row's sums start from, ``start[row]`` the first's.
+    """
+    columns_unsigned = w.dtype == types.uint8
+    assert x.dtype == (types.int8 if columns_unsigned else types.uint8), "one side is signed and one is not"
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        rows_, _, x_at_, stride_, _, w_at_, quads_, _, row_, _ = args
+
+        def pointer(k: int, index: Any) -> Any:
+            return element_pointer(context, builder, sig.args[k], args[k], index)
+
+        tile = _rows_function(builder.module, columns_unsigned)
+        into = pointer(9, builder.mul(row_, _I64(2 * LANES)))
+        each = (rows_, pointer(1, x_at_), stride_, pointer(4, w_at_), quads_, pointer(7, row_), into)
+        builder.call(tile, each)
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(i, x, i, i, w, i, i, start, i, out), codegen

@@ -1,0 +1,106 @@
+"""The operations over the cache, whichever type it has, one call each."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from daskllm.engine.batch import Batch
+from daskllm.engine.kernels.cpu.attention import attention_bf16, attention_f32
+from daskllm.engine.kernels.cpu.rope import rope_bf16, rope_f32
+from daskllm.engine.kernels.cpu.team import address, float_bits, run
+from daskllm.engine.kernels.int8 import SCALE_BYTES
+
+__all__ = ["attention", "rope_store"]
+
+_WIDE = SimpleNamespace(
+    rope_f32=rope_f32, rope_bf16=rope_bf16, attention_f32=attention_f32, attention_bf16=attention_bf16
+)
+
+
+def _kernels(keys: torch.Tensor) -> tuple[Any, int]:
+    """What is compiled for a cache of this type, and the bytes of scales that it has for each token."""
+    if keys.dtype != torch.int8:
+        return _WIDE, 0
+    from daskllm.engine.kernels.cpu import cache_int8  # its kernels are not loaded where it is not used
+
+    return cache_int8, SCALE_BYTES
+
+
+def rope_store(
+    qkv: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    batch: Batch,
+    angles: tuple[torch.Tensor, torch.Tensor] | None,
+    norms: tuple[torch.Tensor, torch.Tensor] | None,
+    eps: float,
+) -> torch.Tensor:
+    """Norm and turn q and k, write k and v to their slots; returns q ``[rows, heads * head_dim]``."""
+    kernels, scales = _kernels(keys)
+    blocks, kv_heads, size, _ = keys.shape
+    size -= scales
+    if size % (4 // keys.itemsize):
+        raise ValueError(
+            f"head_dim={size} is no multiple of {4 // keys.itemsize}, as {keys.dtype} needs it here"
+        )
+    heads = qkv.shape[1] // size - 2 * kv_heads
+    q = torch.empty((qkv.shape[0], heads * size), dtype=qkv.dtype)
+    cos, sin = angles or (None, None)
+    q_norm, k_norm = norms or (None, None)
+    run(
+        kernels.rope_f32 if qkv.dtype == torch.float32 else kernels.rope_bf16,
+        qkv.shape[0],
+        qkv.data_ptr(),
+        q.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        batch.positions.data_ptr(),
+        batch.slots.data_ptr(),
+        address(cos),
+        address(sin),
+        address(q_norm),
+        address(k_norm),
+        float_bits(eps),
+        heads,
+        kv_heads,
+        size,
+        values.shape[3] - scales,
+        blocks,
+        0 if cos is None else cos.shape[0],
+        0,
+    )
+    return q
+
+
+def attention(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, window: int | None, scale: float
+) -> torch.Tensor:
+    """Causal attention of every query row over its own sequence's blocks; shape and dtype of ``q``."""
+    kernels, scales = _kernels(keys)
+    blocks, kv_heads, size, _ = keys.shape
+    size -= scales
+    out = torch.empty_like(q)
+    run(
+        kernels.attention_f32 if q.dtype == torch.float32 else kernels.attention_bf16,
+        batch.tiles.shape[0] * kv_heads,
+        q.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        out.data_ptr(),
+        batch.tables.data_ptr(),
+        batch.tiles.data_ptr(),
+        q.shape[1] // size,
+        kv_heads,
+        size,
+        values.shape[3] - scales,
+        blocks,
+        *batch.tables.shape,
+        q.shape[0],
+        window or 0,
+        float_bits(scale),
+        0,
+    )
+    return out
