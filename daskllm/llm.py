@@ -388,4 +388,8 @@ def load(
     chosen = of_its_own(answering, chosen)
     llm = LLM(chosen, client, config, kept)
     open_on(answering, chosen)
+    # It needs distributed, which whoever has a client has imported.
+    from daskllm.dashboard import install
+
+    install(answering)
     return llm

@@ -8,13 +8,29 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
-__all__ = ["EngineMetrics", "Progress", "StepCosts", "StepRecord"]
+__all__ = ["EngineMetrics", "Progress", "StepCosts", "StepRecord", "error_kind"]
 
 _HISTORY = 4096
 _FORGET = 0.998
 """What an earlier step still counts against the next in `EngineMetrics.costs`: some 500 steps matter."""
 _WARM_UP = 8
 """Steps that do not count: those that touch memory and code for the first time take ten times as long."""
+_RATIO_STEPS = 64
+"""After so many steps it is told anew what a prompt token takes beside one that is decoded."""
+_KINDS = (
+    ("chat template", "chat template"),
+    ("null", "null"),
+    ("empty", "empty"),
+    ("the model's context", "too long"),
+    ("KV block", "too long"),
+    ("token id", "token ids"),
+    ("message", "messages"),
+    ("column", "type"),
+    ("a prompt is", "type"),
+    ("surrogate", "not text"),
+    ("no content", "empty"),
+    ("was not run", "lost"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +64,7 @@ class Progress:
         under_way: of each sample in the batch how many of its prompt's tokens were read, and how many it has
             generated.
         costs: what the engine's steps took so far.
+        kinds: (`error_kind`, rows) of the errors.
     """
 
     rows: int
@@ -57,6 +74,16 @@ class Progress:
     ended: tuple[int, ...] = ()
     under_way: tuple[tuple[int, int], ...] = ()
     costs: StepCosts | None = None
+    kinds: tuple[tuple[str, int], ...] = ()
+
+
+def error_kind(message: str) -> str:
+    """In a word or two what a row failed of, for counting; "other" where the message is none that is known.
+
+    >>> error_kind("column 'text' is null"), error_kind("out of luck")
+    ('null', 'other')
+    """
+    return next((kind for words, kind in _KINDS if words in message), "other")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +119,9 @@ class EngineMetrics:
         reused_tokens: whose keys and values were found instead of computed, for rows taken up again too.
         remembered: rows that were answered without the engine.
         waiting_seconds: between two steps; before the first, nothing has to be waited for.
+        prefill_seconds, decode_seconds: the busy ones, by what was computed in them; a step that did both
+            counts for both, in the proportion of what the tokens cost.
+        generated_tokens: chosen so far, those of rows under way or dropped too.
 
     Example:
         >>> metrics = EngineMetrics()
@@ -107,12 +137,16 @@ class EngineMetrics:
     prefill_tokens: int = 0
     decode_tokens: int = 0
     output_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    generated_tokens: int = 0
     sequences: int = 0
     preemptions: int = 0
     aborted: int = 0
     remembered: int = 0
     history: deque[StepRecord] = field(default_factory=lambda: deque(maxlen=_HISTORY))
     _sums: list[float] = field(default_factory=lambda: [0.0] * 9)
+    _ratio: float = 1.0
 
     def record(self, step: StepRecord) -> None:
         """Add one step."""
@@ -125,11 +159,23 @@ class EngineMetrics:
         self.prefill_tokens += step.prefill_tokens
         self.decode_tokens += step.decode_tokens
         self.history.append(step)
+        self._divide(step)
         if self.steps <= _WARM_UP:
             return
         x, y, t = step.prefill_tokens, step.decode_tokens, step.seconds
         new = (1.0, x, y, x * x, x * y, y * y, t, x * t, y * t)
         self._sums = [_FORGET * a + b for a, b in zip(self._sums, new, strict=True)]
+
+    def _divide(self, step: StepRecord) -> None:
+        """Count a step's time for what it was spent on."""
+        if step.prefill_tokens and step.decode_tokens and self.steps % _RATIO_STEPS == 0:
+            costs = self.costs()
+            if costs is not None and costs.prefill_token > 0 and costs.decode_token > 0:
+                self._ratio = costs.decode_token / costs.prefill_token
+        decode = self._ratio * step.decode_tokens
+        share = step.prefill_tokens / (step.prefill_tokens + decode) if step.prefill_tokens else 0.0
+        self.prefill_seconds += share * step.seconds
+        self.decode_seconds += (1.0 - share) * step.seconds
 
     def costs(self) -> StepCosts | None:
         """What steps take, by least squares over those of late, none of it negative; None before the ninth.
@@ -151,7 +197,9 @@ class EngineMetrics:
 
     def totals(self) -> dict[str, float]:
         """Everything but the history, as one flat dict."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("history", "_sums")}
+        return {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name != "history" and f.name[0] != "_"
+        }
 
     def fill(self, seconds: float = float("inf")) -> float:
         """Mean number of sequences in the batch over the last ``seconds`` (0 without a step)."""

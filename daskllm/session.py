@@ -10,6 +10,7 @@ import atexit
 import functools
 import queue
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,7 @@ from daskllm.engine.layers import ResidentModel
 from daskllm.engine.runner import Runner
 from daskllm.engine.sequence import Request, Sample
 from daskllm.engine.stage import MAX_SEQUENCES, MAX_STEP_TOKENS, Flight, kv_room, open_runner
-from daskllm.metrics import EngineMetrics, Progress
+from daskllm.metrics import EngineMetrics, Progress, error_kind
 from daskllm.models import DecoderConfig, layer_names
 from daskllm.results import Embedding, Score
 from daskllm.text.encode import Encoded, Encoder
@@ -388,15 +389,17 @@ class _Reporter:
             return
         done = [row for _, row in over]
         samples = [s for row in done for s in row.samples]
+        why = [row.error or next((s.error for s in row.samples if s.error), None) for row in done]
         self._progress(
             Progress(
                 rows=len(done),
                 prompt_tokens=sum(len(row.ids) for row in done),
                 output_tokens=sum(len(s.token_ids) for s in samples),
-                errors=sum(row.error is not None or any(s.error for s in row.samples) for row in done),
+                errors=sum(message is not None for message in why),
                 ended=tuple(len(s.token_ids) for s in samples if s.error is None),
                 under_way=under_way,
                 costs=self._engine.metrics.costs(),
+                kinds=tuple(Counter(map(error_kind, filter(None, why))).items()),
             )
         )
 

@@ -311,6 +311,7 @@ class Engine:
             places = {row: place for place, row in enumerate(rows)}
             logits = logits[[places[row] for row, _ in choosing]]
         tokens = self.sampler.choose(logits, [sequence for _, sequence in choosing])
+        self.metrics.generated_tokens += len(tokens)
         # Siblings before their parent: it may end with its first token, and they start on its blocks.
         for (_, sequence), token in zip(reversed(choosing), reversed(tokens), strict=True):
             self._extend(sequence, token)

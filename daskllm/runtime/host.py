@@ -270,6 +270,13 @@ class StageHost:
         waiting = max(0.0, metrics.waiting_seconds)
         return part.number, StageTimes(metrics.busy_seconds, waiting, metrics.steps)
 
+    def parts(self) -> dict[ModelSpec, tuple[int, Session | None, StageTimes | None]]:
+        """This worker's stage of each model: its number; its engine if it is the last, else what it did."""
+        return {
+            spec: (part.number, part.session, None if part.stage is None else part.stage.times)
+            for spec, part in self._parts.items()
+        }
+
     # --- inside ---------------------------------------------------------------------------------------
 
     def _part(self, run: str) -> _Part:

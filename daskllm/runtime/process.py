@@ -36,6 +36,7 @@ __all__ = [
     "keeping",
     "open_session",
     "open_session_on",
+    "open_sessions",
     "resident_bytes_on",
     "session_for",
     "sweep",
@@ -208,6 +209,13 @@ async def resident_bytes_on(spec: ModelSpec, dask_worker: Worker) -> dict[str, i
     """Layer -> bytes of its weights on a worker, for `Client.run`; of its chains, a worker is in one."""
     held = (resident_bytes(one) for one in spec.chains or (spec,))
     return {name: size for layers in held for name, size in layers.items()}
+
+
+def open_sessions() -> dict[ModelSpec, Session]:
+    """The sessions that this process has open by now, one that asks an engine elsewhere among them."""
+    with _lock:
+        known = list(_sessions.items())
+    return {s: o.result() for s, o in known if o.done() and o.exception() is None}
 
 
 def engine_times(spec: ModelSpec) -> tuple[float, float, int] | None:

@@ -3,6 +3,18 @@
 On a worker, increments go out as Dask events of the topic `TOPIC`; elsewhere, to those who `follow` in this
 process. Child processes of Dask's ``processes`` scheduler have no way back and stay silent. A task that
 runs again after a failure reports its rows again, those that were kept as remembered.
+
+Who scripts hears the same: ``client.subscribe_topic("daskllm", handler)`` calls ``handler`` with (seconds of
+the epoch, a dict) for each event; the dict has the fields of an `Increment` that are not empty.
+
+    def handler(event):
+        when, told = event
+        print(told.get("span") or told.get("job", ""), told.get("rows", 0), "rows", told["worker"])
+
+What tasks did is also in Dask's own books: tokens and rows are fine performance metrics, so that each span
+(``with distributed.span("nightly"): ...``) has its own in ``Span.cumulative_worker_metrics``, under
+``("execute", task, "prompt" or "output", "tokens")`` and ``("execute", task, "answered", "failed" or
+"remembered", "rows")``.
 """
 
 from __future__ import annotations
@@ -10,8 +22,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,11 +34,13 @@ if TYPE_CHECKING:
     from daskllm.metrics import Progress
     from daskllm.runtime.worker import WorkerTask
 
-__all__ = ["TOPIC", "Increment", "Reporter", "follow"]
+__all__ = ["TOPIC", "Increment", "Reporter", "follow", "told_by"]
 
 TOPIC = "daskllm"
 INTERVAL = 0.25
 """Seconds between two events of one task."""
+_JOBS = 32
+"""Of so many jobs, the latest, a worker knows what its own tasks did."""
 
 Callback = Callable[["Increment"], None]
 
@@ -50,6 +64,10 @@ class Increment:
         under_way: of each of the task's samples in the batch how many prompt tokens were read, how many
             tokens generated. It takes the place of what the task said of it before.
         costs: seconds of each prompt token and of each output token, and of a row's next token at the least.
+        kinds: (`daskllm.metrics.error_kind`, rows) of the rows that failed.
+        span: the task's `distributed.span`, its tags joined by "/"; "" without one.
+        priority: the task's, as a user gives it.
+        asks: what a cut's call asks for: at most how many tokens, how many samples, whether exactly as many.
     """
 
     rows: int = 0
@@ -68,6 +86,20 @@ class Increment:
     ended: tuple[tuple[int, int], ...] = ()
     under_way: tuple[tuple[int, int], ...] = ()
     costs: tuple[float, float, float] | None = None
+    kinds: tuple[tuple[str, int], ...] = ()
+    span: str = ""
+    priority: int = 0
+    asks: tuple[int, int, bool] | None = None
+
+    @property
+    def label(self) -> str:
+        """Whose rows these are, in few words: the span's or the table's; "lists" where there is neither.
+
+        >>> Increment(job="chat-cut-0123456789abcdef").label, Increment(span="nightly").label
+        ('chat 01234567', 'nightly')
+        """
+        kind, _, token = self.job.rpartition("-")
+        return self.span or (f"{kind.partition('-')[0]} {token[:8]}" if kind else "lists")
 
 
 class _Subscribers:
@@ -100,6 +132,28 @@ class _Subscribers:
 
 _here = _Subscribers()
 _clients: dict[str, _Subscribers] = {}
+# Of each worker in this process what its tasks did, by the labels of their jobs.
+_told: defaultdict[str, dict[str, Counter[str]]] = defaultdict(dict)
+_telling = threading.Lock()
+
+
+def told_by(worker_id: str) -> dict[str, Counter[str]]:
+    """What the tasks of a worker in this process did, by `Increment.label`: sums of ``rows``, ``errors``,
+    ``remembered``, ``prompt_tokens``, ``output_tokens``, and ``error:KIND``."""
+    with _telling:
+        return {label: Counter(counts) for label, counts in _told[worker_id].items()}
+
+
+def _tell(worker_id: str, increment: Increment) -> None:
+    with _telling:
+        jobs = _told[worker_id]
+        counts = jobs.setdefault(increment.label, Counter())
+        for name in ("rows", "errors", "remembered", "prompt_tokens", "output_tokens"):
+            counts[name] += getattr(increment, name)
+        for kind, rows in increment.kinds:
+            counts[f"error:{kind}"] += rows
+        while len(jobs) > _JOBS:
+            del jobs[next(iter(jobs))]
 
 
 class Reporter:
@@ -107,16 +161,25 @@ class Reporter:
 
     Args:
         task: the Dask task, None outside a worker.
-        job: as `Increment` has it.
+        job, asks: as `Increment` has them.
     """
 
-    def __init__(self, task: WorkerTask | None, job: str = "") -> None:
+    def __init__(
+        self, task: WorkerTask | None, job: str = "", asks: tuple[int, int, bool] | None = None
+    ) -> None:
         self._task = task
-        self._from: dict[str, Any] = {"worker": "", "job": job, "task": f"{os.getpid()}-{id(self)}"}
+        self._from: dict[str, Any] = {
+            "worker": "",
+            "job": job,
+            "task": f"{os.getpid()}-{id(self)}",
+            "asks": asks,
+        }
         if task is not None:
             self._from |= {"worker": task.worker.address, "task": str(task.key)}
+            self._from |= {"span": task.span, "priority": task.urgency}
         self._pending: Counter[str] = Counter()
         self._ended: Counter[int] = Counter()
+        self._kinds: Counter[str] = Counter()
         self._under_way: tuple[tuple[int, int], ...] = ()
         self._costs: tuple[float, float, float] | None = None
         self._sent = time.monotonic()
@@ -133,10 +196,12 @@ class Reporter:
             prompt_tokens=progress.prompt_tokens,
             output_tokens=progress.output_tokens,
             errors=progress.errors,
+            kinds=dict(progress.kinds),
         )
 
-    def add(self, **counts: int) -> None:
+    def add(self, kinds: Mapping[str, int] | None = None, **counts: int) -> None:
         """Add to fields of the next `Increment`."""
+        self._kinds.update(kinds or {})
         self._pending.update(counts)
         if self._task is not None:
             self._task.finished(counts.get("rows", 0))
@@ -158,14 +223,32 @@ class Reporter:
             ended=tuple(self._ended.items()),
             under_way=self._under_way,
             costs=self._costs,
+            kinds=tuple(self._kinds.items()),
         )
-        self._pending.clear()
-        self._ended.clear()
+        for counter in (self._pending, self._ended, self._kinds):
+            counter.clear()
         if self._task is None:
             _here.send(increment)
         else:
+            _tell(self._task.worker.id, increment)
+            _attach(increment)
             whole = asdict(increment)
             self._task.worker.log_event(TOPIC, {name: value for name, value in whole.items() if value})
+
+
+def _attach(increment: Increment) -> None:
+    """Add to the fine performance metrics of the task that runs in this thread, and so to its span's."""
+    from distributed.metrics import context_meter
+
+    for label, count, unit in (
+        ("prompt", increment.prompt_tokens, "tokens"),
+        ("output", increment.output_tokens, "tokens"),
+        ("answered", increment.rows - increment.errors, "rows"),
+        ("failed", increment.errors, "rows"),
+        ("remembered", increment.remembered, "rows"),
+    ):
+        if count:
+            context_meter.digest_metric(label, count, unit)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import dask.config
 
 from daskllm.answers import FLUSH_SECONDS, Answers, Place, key_of, space_of
+from daskllm.metrics import error_kind
 from daskllm.runtime.call import Call
 from daskllm.runtime.call import Place as RowPlace
 from daskllm.runtime.together import Claim, under_way
@@ -213,7 +214,8 @@ class _Rows:
             if (others := len(self._equal[key]) - 1) and not failed:
                 self._remembered(others)
             elif others:
-                self._report.add(rows=others, errors=others)
+                why = next(sample.error for sample in samples if sample.error is not None)
+                self._report.add(rows=others, errors=others, kinds={error_kind(why): others})
         if self._kept is not None and whole:
             self._kept.put(whole)
 

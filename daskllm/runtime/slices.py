@@ -151,7 +151,10 @@ def cut_table(table: pd.DataFrame, call: Call, job: str = "", most: int = SLICES
     needed = needed.set_axis(pd.RangeIndex(len(table)), axis=0)
     rows = cells(needed, call.labels)
     told = int(prompt_estimates(rows, call).sum())
-    report = Reporter(current_task(), job)
+    params = call.params
+    fixed = params.ignore_eos and not params.stop
+    asks = (params.max_tokens, params.n, fixed) if call.generates else None
+    report = Reporter(current_task(), job, asks)
     report.add(cut_rows=len(rows), cut_tokens=told)
     report.send()
     if current_worker() is None or most == 1:

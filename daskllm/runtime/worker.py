@@ -95,6 +95,7 @@ class WorkerTask:
         worker: the worker that runs it.
         key: its Dask key.
         urgency: its priority as a user gives it; more is sooner.
+        span: its `distributed.span`, the tags joined by "/"; "" without one.
         rows: sequences of its rows that are unfinished.
     """
 
@@ -103,6 +104,9 @@ class WorkerTask:
         self.key = key
         known = worker.state.tasks.get(key)
         self.urgency = 0 if known is None else _urgency(known)
+        # Not from this thread's annotations, which may be those of a task that has seceded.
+        span = (known.annotations or {}).get("span") if known is not None else None
+        self.span = "/".join(span["name"]) if span else ""
         self.rows = self._samples = 0
         self._left = False
 

@@ -43,6 +43,19 @@ def test_increments_between_two_events_are_put_together() -> None:
     assert len(heard) < 10
 
 
+def test_what_rows_failed_of_is_told_and_whose_they_are() -> None:
+    heard: list[Increment] = []
+    report = Reporter(None, "generate-cut-0123456789", asks=(8, 1, False))
+    with follow(None, heard.append):
+        report(Counts(3, 1, 1, 2, kinds=(("null", 1), ("empty", 1))))
+        report.add(rows=1, errors=1, kinds={"null": 1})
+        report.flush()
+        report.add(rows=1)
+        report.flush()
+    assert [dict(one.kinds) for one in heard] == [{"null": 2, "empty": 1}, {}]
+    assert (heard[0].label, heard[0].asks) == ("generate 01234567", (8, 1, False))
+
+
 def test_a_callback_is_called_one_at_a_time() -> None:
     inside, most = 0, 0
 
