@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -18,11 +19,13 @@ import torch.utils.dlpack
 __all__ = [
     "DTYPES",
     "Block",
+    "Pages",
     "drop_pages",
     "from_torch",
     "holds",
     "is_on",
     "nbytes",
+    "pages",
     "to_device",
     "to_torch",
 ]
@@ -125,35 +128,67 @@ def nbytes(block: Block) -> int:
     return int(block.nbytes)
 
 
-def drop_pages(*blocks: Block) -> list[int | None]:
-    """Give back the memory of blocks that are views of a mapped file; the next touch reads them again.
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """The whole pages of a block that is a view of a mapped file.
 
-    For blocks that have just been copied into a kernel's packed form and stay only as the source. Blocks in
-    ordinary memory or on a GPU, and all blocks on a system without ``/proc``, are left alone.
+    Attributes:
+        first: address of the first.
+        nbytes: bytes of them together.
+    """
 
-    Returns:
-        How many bytes of each were given back; None for one that is no view of a file.
+    first: int
+    nbytes: int
+
+    def drop(self) -> int:
+        """Give back the memory they take; the next touch reads them again.
+
+        Returns:
+            How many bytes were given back.
+        """
+        madvise = ctypes.CDLL(None, use_errno=True).madvise
+        gone = self.nbytes and not madvise(
+            ctypes.c_void_p(self.first), ctypes.c_size_t(self.nbytes), _MADV_DONTNEED
+        )
+        return self.nbytes if gone else 0
+
+
+def pages(*blocks: Block) -> list[Pages | None]:
+    """The pages of each block; None for one in ordinary memory or on a GPU, and where there is no ``/proc``.
+
+    Whole pages only, and never outside a file's mapping: to drop those of ordinary memory would zero it.
 
     Example:
-        >>> drop_pages(np.zeros(1 << 20, np.float32))
+        >>> pages(np.zeros(1 << 20, np.float32))
         [None]
     """
     if not blocks or not os.path.exists("/proc/self/maps"):
         return [None] * len(blocks)
     page, files = os.sysconf("SC_PAGE_SIZE"), _mapped_files()
-    madvise = ctypes.CDLL(None, use_errno=True).madvise
-    dropped: list[int | None] = []
+    found: list[Pages | None] = []
     for block in blocks:
-        # Whole pages only, and never outside a file's mapping: the same call would zero ordinary memory.
         if not isinstance(block, np.ndarray) or not _within(block, files):
-            dropped.append(None)
+            found.append(None)
             continue
         start = block.ctypes.data
         first, last = -(-start // page) * page, (start + block.nbytes) // page * page
-        size = max(0, last - first)
-        gone = size and madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_DONTNEED) == 0
-        dropped.append(size if gone else 0)
-    return dropped
+        found.append(Pages(first, max(0, last - first)))
+    return found
+
+
+def drop_pages(*blocks: Block) -> list[int | None]:
+    """Give back the memory of blocks that are views of a mapped file.
+
+    For blocks that have just been copied into a kernel's packed form and stay only as the source.
+
+    Returns:
+        How many bytes of each were given back; None for one that has no `pages`.
+
+    Example:
+        >>> drop_pages(np.zeros(1 << 20, np.float32))
+        [None]
+    """
+    return [None if mapped is None else mapped.drop() for mapped in pages(*blocks)]
 
 
 def _within(block: np.ndarray, ranges: list[tuple[int, int]]) -> bool:

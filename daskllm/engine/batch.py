@@ -82,9 +82,9 @@ class Batch:
             )
             wanted.extend(row + place for place in chunk.wanted)
         width = max(len(chunk.blocks) for chunk in chunks)
-        tables = [[*chunk.blocks, *[0] * (width - len(chunk.blocks))] for chunk in chunks]
-
-        def tensor(values: object) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.int64).to(device)
-
-        return cls(*map(tensor, (tokens, positions, slots, tables, tiles, wanted)))
+        tables = [block for c in chunks for block in (*c.blocks, *[0] * (width - len(c.blocks)))]
+        parts = (tokens, positions, slots, tables, [n for tile in tiles for n in tile], wanted)
+        # One tensor cut into parts: on the way to a device each tensor costs a copy of its own.
+        whole = torch.tensor([n for part in parts for n in part], dtype=torch.int64).to(device)
+        token, position, slot, table, tile, row_wanted = whole.split([len(part) for part in parts])
+        return cls(token, position, slot, table.view(len(chunks), width), tile.view(-1, 4), row_wanted)

@@ -99,6 +99,7 @@ class Engine:
         self._stuck = False
         self._thread: threading.Thread | None = None
         self._end: BaseException | None = None
+        self._news = False  # for those who wait; to wake them after every step would cost each step time
 
     # --- callers' side ------------------------------------------------------------------------------
 
@@ -235,8 +236,10 @@ class Engine:
             self._finish_step(self._under.pop(first), self._here.pop(first))
         if self._can_begin():
             self._begin_step()
-        with self._changed:
-            self._changed.notify_all()
+        if self._news:
+            self._news = False
+            with self._changed:
+                self._changed.notify_all()
 
     def _begin_step(self) -> None:
         began = time.monotonic()
@@ -336,7 +339,9 @@ class Engine:
         request, params = sequence.request, sequence.request.params
         sequence.tokens.append(token)
         sequence.counts[token] += 1
-        stopped = request.on_token is not None and request.on_token(sequence.sample, sequence.output)
+        stopped = False
+        if request.on_token is not None:
+            stopped, self._news = request.on_token(sequence.sample, sequence.output), True
         early = sequence.produced < params.min_tokens
         if (stopped or token in request.stop_ids) and not early:
             self._finish(sequence, sequence.finished("stop"))
@@ -366,6 +371,7 @@ class Engine:
         ticket.samples[sequence.sample] = sample
         if ticket.done:
             del self._tickets[sequence.request]
+            self._news = True
 
     def _record(self, step: Step, decode: int, seconds: float, callers: int) -> None:
         self.metrics.preemptions = self.batcher.preemptions

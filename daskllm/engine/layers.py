@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from daskllm.blocks import array
 from daskllm.blocks.load import load_layers, release_packed
@@ -19,6 +20,7 @@ from daskllm.blocks.store import STORE, BlockKey
 from daskllm.checkpoint import Checkpoint, open_checkpoint
 from daskllm.engine import kernels
 from daskllm.engine.angles import Angles
+from daskllm.engine.batch import Batch
 from daskllm.models import DecoderConfig, describe, layer_names
 from daskllm.types import ModelSpec
 
@@ -42,12 +44,40 @@ class Norm:
     bias: torch.Tensor | None
 
 
-@dataclass(frozen=True, slots=True)
-class Embedding:
-    """Token rows ``[vocab, hidden]``, and position rows where positions are learnt."""
+_LOOKUPS = 128
+"""Token rows read from a mapped file before its pages are given back: each can map 64 KiB, 8 MiB in all."""
 
-    tokens: torch.Tensor
-    positions: torch.Tensor | None
+
+class Embedding:
+    """Token rows ``[vocab, hidden]``, and position rows where positions are learnt.
+
+    Token rows that are a view of the model's file are read where they lie. Their pages are given back every
+    so often, or a long table would come to hold all of a large vocabulary for the few rows that a step reads.
+    """
+
+    def __init__(self, tokens: torch.Tensor, positions: torch.Tensor | None) -> None:
+        self.tokens, self.positions = tokens, positions
+        self._pages = array.pages(array.from_torch(tokens))[0]
+        self._lookups = 0
+
+    def rows(self, batch: Batch) -> torch.Tensor:
+        """The residual stream ``[rows, hidden]`` of a batch before the first layer."""
+        if self._pages is None:
+            hidden = F.embedding(batch.tokens, self.tokens)
+        else:
+            hidden = torch.cat([self._mapped(part) for part in batch.tokens.split(_LOOKUPS)])
+        if self.positions is not None:
+            hidden += F.embedding(batch.positions, self.positions)
+        return hidden
+
+    def _mapped(self, tokens: torch.Tensor) -> torch.Tensor:
+        assert self._pages is not None
+        rows = F.embedding(tokens, self.tokens)
+        self._lookups += len(tokens)
+        if self._lookups >= _LOOKUPS:
+            self._pages.drop()
+            self._lookups = 0
+        return rows
 
 
 @dataclass(frozen=True, slots=True)

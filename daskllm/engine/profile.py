@@ -146,7 +146,8 @@ class Profile:
         elif runner.stack is not None:
             over.runner.stack = self._stacked(runner.stack)
         over.runner.logits = self._timed(runner.logits, EDGES, _logits_cost)
-        over.runner._embed = self._timed(runner._embed, EDGES, _embed_cost)
+        if runner.embedding is not None:
+            over.runner.embedding.rows = self._timed(runner.embedding.rows, EDGES, _embed_cost)
         over.batcher = _Timed(engine.batcher, self._scheduling)
         over.sampler = _Timed(engine.sampler, self._sampling)
         over._lay_out = self._timed(engine._lay_out, SCHEDULING)

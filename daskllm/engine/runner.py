@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 from daskllm.engine.angles import Angles
 from daskllm.engine.batch import Batch
@@ -50,7 +49,7 @@ class Runner:
         self.config, self.cache, self.kernels, self.device = config, cache, kernels, device
         self._angles = angles
         first, last = layers[0], layers[-1]
-        self._embedding = first if isinstance(first, Embedding) else None
+        self.embedding = first if isinstance(first, Embedding) else None
         self._head = last if isinstance(last, Head) else None
         decoder = [layer for layer in layers if isinstance(layer, DecoderLayer)]
         self.stack = kernels.stack(decoder, cache.keys, cache.values, config) if decoder else None
@@ -69,7 +68,8 @@ class Runner:
             residual stream. Both in the type that the model computes in.
         """
         if hidden is None:
-            hidden = self._embed(batch)
+            assert self.embedding is not None, "a stage without 'embed' needs the hidden states before it"
+            hidden = self.embedding.rows(batch)
         delta = None
         if self.stack is not None:
             angles = self._angles.upto(int(batch.positions.max()) + 1)
@@ -91,13 +91,6 @@ class Runner:
         for part, out in zip(normed.split(LOGIT_ROWS), logits.split(LOGIT_ROWS), strict=True):
             out.copy_(self.kernels.linear(part, self._head.lm_head, torch.float32))
         return logits
-
-    def _embed(self, batch: Batch) -> torch.Tensor:
-        assert self._embedding is not None, "a stage without 'embed' needs the hidden states before it"
-        hidden = F.embedding(batch.tokens, self._embedding.tokens)
-        if self._embedding.positions is not None:
-            hidden += F.embedding(batch.positions, self._embedding.positions)
-        return hidden
 
     def _normed(self, delta: torch.Tensor | None, hidden: torch.Tensor, norm: Norm) -> torch.Tensor:
         return self.kernels.add_norm(

@@ -42,7 +42,9 @@ class Vocabulary:
     """
 
     def __init__(self, files: TokenizerFiles) -> None:
-        self._files = files
+        # As text, and parsed when it is needed again: as objects a vocabulary takes ten times as much memory.
+        self._pipeline, self._added = json.dumps(files.pipeline), files.added
+        self._file = files.path / "tokenizer.json"
         self.decoder: dict[str, Any] | None = files.pipeline.get("decoder")
         model = files.pipeline["model"]
         letters = _letters(model)
@@ -52,7 +54,7 @@ class Vocabulary:
         nonce = secrets.token_hex(12)
         # Lower-case letters and digits: normalizers leave them alone. A fixed length: none begins another.
         self.stand_ins = {token.content: f"q{nonce}{index:06d}q" for index, token in enumerate(control)}
-        self.data = self._build(self.stand_ins)
+        self.data = self._build(dict(files.pipeline), self.stand_ins)
         ids = {token.content: id_ for id_, token in self.data.get_added_tokens_decoder().items()}
         vocab = _ids(model)
         self._aliases = {ids[self.stand_ins[word]]: vocab[word] for word in self._words}
@@ -72,10 +74,9 @@ class Vocabulary:
     @cached_property
     def whole(self) -> tokenizers.Tokenizer:
         """The tokenizer as the directory has it, for text in which no control token is a user's."""
-        return self._build({})
+        return self._build(json.loads(self._pipeline), {})
 
-    def _build(self, stand_ins: dict[str, str]) -> tokenizers.Tokenizer:
-        pipeline = dict(self._files.pipeline)
+    def _build(self, pipeline: dict[str, Any], stand_ins: dict[str, str]) -> tokenizers.Tokenizer:
         model = pipeline["model"]
         renamed = {content: name for content, name in stand_ins.items() if content not in self._words}
         pipeline["model"] = _renamed_model(model, renamed)
@@ -83,7 +84,7 @@ class Vocabulary:
         free = len(taken)
         entries = []
         # A word's stand-in has an id of its own, after all others so that theirs stay.
-        for token in sorted(self._files.added, key=lambda token: token.content in self._words):
+        for token in sorted(self._added, key=lambda token: token.content in self._words):
             entry = asdict(token)
             if token.content in self._words and stand_ins:
                 entry["id"] = free
@@ -97,7 +98,7 @@ class Vocabulary:
         try:
             return tokenizers.Tokenizer.from_str(json.dumps(pipeline))
         except Exception as error:  # the library raises bare Exception
-            raise ModelError(f"{self._files.path / 'tokenizer.json'}: {error}") from error
+            raise ModelError(f"{self._file}: {error}") from error
 
     def id_of(self, content: str) -> int | None:
         """The id of a control token or of an entry of the vocabulary."""

@@ -60,6 +60,7 @@ def child(model: str, work: str, kv_memory: int, group: str) -> None:
     """Load and answer in this process, in a control group where one is named."""
     if group:
         (Path(group) / "cgroup.procs").write_text(str(os.getpid()))
+    import daskllm.engine.kernels.cpu  # noqa: F401  Numba is code, not a copy of weights
     from daskllm.bench import read_work
     from daskllm.engine.kvcache import bytes_per_block
     from daskllm.llm import load

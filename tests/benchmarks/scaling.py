@@ -4,7 +4,8 @@
 
 Layouts are measured in turns by ``daskllm bench`` and compared by the medians of their rounds: the bare
 engine and one worker on all cores; one worker on one core; two workers of one core each, as replicas and as
-stages.
+stages. Beside them two bare engines of one core answer half of the rows each, at the same time and without
+Dask: what two cores that share a memory can bring at most.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import argparse
 import datetime
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
 from inputs import INPUTS, cpu, last_line, make_model, make_work
 
@@ -27,11 +30,40 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "two stages": (2, ["--workers", "2", "--stages", "2"]),
 }
 """Cores and options of each."""
+TWO_ALONE = "two engines alone"
 RATIOS = {
     "one worker / bare": ("one worker", "bare"),
     "two replicas / one core": ("two replicas", "one core"),
     "two stages / one core": ("two stages", "one core"),
+    "two engines alone / one core": (TWO_ALONE, "one core"),
+    "two replicas / two engines alone": ("two replicas", TWO_ALONE),
 }
+
+
+def bench(model: Path, work: Path) -> list[str]:
+    """The command that answers a work file."""
+    return [sys.executable, "-m", "daskllm", "bench", "--model", str(model), "--work", str(work), "--json"]
+
+
+def halves(work: Path, folder: Path) -> list[Path]:
+    """The rows in two files, the longest dealt out first, so that both take equally long."""
+    rows = sorted(json.loads(work.read_text()), key=lambda row: -len(row["prompt"]) - row["out"])
+    files = [folder / f"half-{i}.json" for i in range(2)]
+    for i, file in enumerate(files):
+        file.write_text(json.dumps(rows[i::2]))
+    return files
+
+
+def at_once(commands: list[list[str]], cores: list[int]) -> float:
+    """Output tokens per second of commands that run at the same time, each on a core of its own."""
+    running = []
+    for command, core in zip(commands, cores, strict=True):
+        os.sched_setaffinity(0, {core})  # a process begins with its parent's
+        running.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+    ended = [one.communicate()[0] for one in running]
+    if failed := [one.args for one in running if one.returncode]:
+        raise RuntimeError(f"{failed[0]} failed")
+    return round(sum(json.loads(out.strip().splitlines()[-1])["out_tokens_per_s"] for out in ended), 1)
 
 
 def main() -> None:
@@ -43,12 +75,15 @@ def main() -> None:
     model = args.model or make_model(INPUTS / "llama-135M")
     work = args.work or make_work(INPUTS / "work-256.json", rows=256)
     all_cores = sorted(os.sched_getaffinity(0))
-    command = [sys.executable, "-m", "daskllm", "bench", "--model", str(model), "--work", str(work), "--json"]
-    speeds: dict[str, list[float]] = {name: [] for name in LAYOUTS}
+    command = bench(model, work)
+    speeds: dict[str, list[float]] = {name: [] for name in (*LAYOUTS, TWO_ALONE)}
     for i in range(args.rounds):
         for name, (cores, options) in LAYOUTS.items():
             os.sched_setaffinity(0, all_cores[:cores])
             speeds[name].append(last_line([*command, *options])["out_tokens_per_s"])
+        with TemporaryDirectory() as folder:
+            parts = [bench(model, half) for half in halves(work, Path(folder))]
+            speeds[TWO_ALONE].append(at_once(parts, all_cores[:2]))
         print(f"round {i + 1}: { ({name: speed[-1] for name, speed in speeds.items()}) }", file=sys.stderr)
     middle = {name: median(speed) for name, speed in speeds.items()}
     result = {

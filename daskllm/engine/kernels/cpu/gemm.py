@@ -34,7 +34,7 @@ from daskllm.engine.kernels.cpu.simd import (
     element_pointer,
     round_to_bfloat16,
 )
-from daskllm.engine.kernels.cpu.team import SIGNATURE, run, take
+from daskllm.engine.kernels.cpu.team import SIGNATURE, run, take, together
 
 if TYPE_CHECKING:
     from daskllm.engine.kernels.cpu.int8 import PackedInt8
@@ -246,11 +246,13 @@ def _linear_loop(pointer, dtype, out):  # type: ignore[no-untyped-def]
     places = array(a[5], 2 * panels, np.int64)
     y = array(a[6], rows * y_stride, out)
     spare = np.empty(ROWS * COLUMNS, out)
+    group = together(rows, panels)
     while True:
-        panel = take(a, 0)
-        if panel >= panels:
+        first = take(a, 0) * group
+        if first >= panels:
             break
-        product(panel, rows, x, x_stride, w, bias, places, words, y, y_stride, spare)
+        for panel in range(first, min(first + group, panels)):
+            product(panel, rows, x, x_stride, w, bias, places, words, y, y_stride, spare)
 
 
 @numba.cfunc(SIGNATURE, cache=True)

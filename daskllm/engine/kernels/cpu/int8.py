@@ -30,7 +30,7 @@ from daskllm.engine.kernels.cpu.simd import (
     vstore,
     vsub,
 )
-from daskllm.engine.kernels.cpu.team import SIGNATURE, address, run, take
+from daskllm.engine.kernels.cpu.team import SIGNATURE, address, run, take, together
 from daskllm.engine.kernels.cpu.vnni import TILE_COLUMNS, TILE_ROWS, dot_tile
 from daskllm.engine.kernels.int8 import quantised
 
@@ -226,11 +226,13 @@ def _linear_loop(pointer, dtype):  # type: ignore[no-untyped-def]
     w, w_scales = array(a[5], channels * quads * 4, np.uint8), array(a[6], channels, np.float32)
     bias, y = array(a[7], channels if a[7] else 0, np.float32), array(a[8], rows * out, dtype)
     scratch = product_scratch()
+    group = together(rows, panels)
     while True:
-        panel = take(a, 0)
-        if panel >= panels:
+        first = take(a, 0) * group
+        if first >= panels:
             break
-        product(panel, 0, rows, q, scales, minus, w, w_scales, bias, y, out, sixteens, quads, scratch)
+        for panel in range(first, min(first + group, panels)):
+            product(panel, 0, rows, q, scales, minus, w, w_scales, bias, y, out, sixteens, quads, scratch)
 
 
 @numba.cfunc(SIGNATURE, cache=True)

@@ -34,6 +34,7 @@ from daskllm.engine.kernels.cpu.team import (
     start,
     take,
     team_size,
+    together,
 )
 
 __all__ = ["Stack", "attention", "rope", "stack_loop"]
@@ -86,14 +87,18 @@ def _product(a, phase, counters, table, at, x_at, x_size, y_at, y_size, spare, d
         array(table[at + 1], panels * COLUMNS, np.float32),
         array(table[at + 2], 2 * panels, np.int64),
     )
+    group = together(rows, panels)
+    groups = (panels + group - 1) // group
     while True:
         item = take(counters, phase * LINE)
-        if item >= panels * a[CHUNKS]:
+        if item >= groups * a[CHUNKS]:
             break
-        first = item // panels * rows // a[CHUNKS]
-        last = (item // panels + 1) * rows // a[CHUNKS]
+        first = item // groups * rows // a[CHUNKS]
+        last = (item // groups + 1) * rows // a[CHUNKS]
         part, into = x[first * x_size : last * x_size], y[first * y_size : last * y_size]
-        product(item % panels, last - first, part, x_size, w, bias, places, words, into, y_size, spare)
+        begin = item % groups * group
+        for panel in range(begin, min(begin + group, panels)):
+            product(panel, last - first, part, x_size, w, bias, places, words, into, y_size, spare)
 
 
 @numba.njit
@@ -108,26 +113,29 @@ def _mlp(a, phase, counters, table, at, spare, scratch, dtype):  # type: ignore[
         array(table[at + 2], 2 * panels, np.int64),
     )
     each = panels // (1 + gated)
+    group = together(rows, each)
+    groups = (each + group - 1) // group
     while True:
         item = take(counters, phase * LINE)
-        if item >= each * a[CHUNKS]:
+        if item >= groups * a[CHUNKS]:
             break
-        row, last = item // each * rows // a[CHUNKS], (item // each + 1) * rows // a[CHUNKS]
-        panel = item % each
-        tiles = (last - row + ROWS - 1) // ROWS
-        for i in range(tiles):
-            many = (last - row + tiles - i - 1) // (tiles - i)
-            for half in range(1 + gated):
-                p = panel + half * each
-                tile(many, x, row * size, size, w, p * size * COLUMNS, bias, p * COLUMNS, words,
-                     spare, half * COLUMNS, 2 * COLUMNS)  # fmt: skip
-            for r in range(many):
-                to = (row + r) * a[INNER] + places[2 * panel]
-                from_ = r * 2 * COLUMNS
-                activate_row(
-                    spare, from_, gated * COLUMNS, y, to, places[2 * panel + 1], a[ACTIVATION], scratch
-                )
-            row += many
+        first, last = item // groups * rows // a[CHUNKS], (item // groups + 1) * rows // a[CHUNKS]
+        begin = item % groups * group
+        for panel in range(begin, min(begin + group, each)):
+            row, tiles = first, (last - first + ROWS - 1) // ROWS
+            for i in range(tiles):
+                many = (last - row + tiles - i - 1) // (tiles - i)
+                for half in range(1 + gated):
+                    p = panel + half * each
+                    tile(many, x, row * size, size, w, p * size * COLUMNS, bias, p * COLUMNS, words,
+                         spare, half * COLUMNS, 2 * COLUMNS)  # fmt: skip
+                for r in range(many):
+                    to = (row + r) * a[INNER] + places[2 * panel]
+                    columns = places[2 * panel + 1]
+                    activate_row(
+                        spare, r * 2 * COLUMNS, gated * COLUMNS, y, to, columns, a[ACTIVATION], scratch
+                    )
+                row += many
 
 
 @numba.njit
@@ -252,6 +260,7 @@ class Stack:
         self._config, self._dtype = config, layers[0].input_norm.weight.dtype
         self._counters = np.zeros(len(layers) * count * LINE, np.int64)
         self._room: dict[str, torch.Tensor] = {}
+        self._same = self._constants()
 
     def __call__(
         self, hidden: torch.Tensor, batch: Batch, angles: tuple[torch.Tensor, torch.Tensor] | None
@@ -264,20 +273,34 @@ class Stack:
         self.seconds += self._cycles * ((time.perf_counter() - began) / self._cycles.sum())
         return self._room["delta"][: hidden.shape[0]]
 
-    def _arguments(
-        self, hidden: torch.Tensor, batch: Batch, angles: tuple[torch.Tensor, torch.Tensor] | None
-    ) -> np.ndarray[Any, Any]:
-        config, rows = self._config, hidden.shape[0]
-        _, keys, _ = self.layers[0]
-        room = self._buffers(rows)
-        cos, sin = angles or (None, None)
+    def _constants(self) -> np.ndarray[Any, Any]:
+        """The arguments that are the same in every step."""
+        config, (_, keys, _) = self._config, self.layers[0]
         a = np.zeros(FIELDS, np.int64)
         a[[TEAM_AT, YIELD_AT, TABLE_AT, COUNTERS_AT, CLOCK_AT, TIMES_AT]] = (
             TEAM_SIZE,
             YIELD,
             *(one.ctypes.data for one in (self._table, self._counters, self._clock, self._cycles)),
         )
-        a[[LAYERS, ROWS_, TILES, CHUNKS]] = len(self.layers), rows, len(batch.tiles), -(-rows // _CHUNK)
+        a[[LAYERS, HIDDEN, INNER]] = len(self.layers), config.hidden_size, config.intermediate_size
+        a[[HEADS, KV_HEADS]] = config.num_heads, config.num_kv_heads
+        a[[SIZE, PADDED, BLOCKS]] = config.head_dim, padded_head_dim(config.head_dim), keys.shape[0]
+        a[[EPS, SCALE]] = float_bits(config.norm_eps), float_bits(config.attention_scale)
+        a[[LAYER_NORM, ACTIVATION, GATED]] = (
+            config.norm == "layer",
+            ACTIVATIONS[config.activation],
+            config.gated,
+        )
+        return a
+
+    def _arguments(
+        self, hidden: torch.Tensor, batch: Batch, angles: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> np.ndarray[Any, Any]:
+        rows = hidden.shape[0]
+        room = self._buffers(rows)
+        cos, sin = angles or (None, None)
+        a = self._same.copy()
+        a[[ROWS_, TILES, CHUNKS]] = rows, len(batch.tiles), -(-rows // _CHUNK)
         a[RESIDUAL_AT] = hidden.data_ptr()
         a[NORMED_AT : DELTA_AT + 1] = [room[name].data_ptr() for name in _ROOMS]
         a[[POSITIONS_AT, SLOTS_AT, TABLES_AT, TILES_AT]] = [
@@ -285,19 +308,6 @@ class Stack:
         ]
         a[[WIDTH, COS_AT, SIN_AT]] = batch.tables.shape[1], address(cos), address(sin)
         a[ANGLES] = 0 if cos is None else len(cos)
-        a[[HIDDEN, HEADS, KV_HEADS]] = config.hidden_size, config.num_heads, config.num_kv_heads
-        a[[SIZE, PADDED, INNER, BLOCKS]] = (
-            config.head_dim,
-            padded_head_dim(config.head_dim),
-            config.intermediate_size,
-            keys.shape[0],
-        )
-        a[[EPS, SCALE]] = float_bits(config.norm_eps), float_bits(config.attention_scale)
-        a[[LAYER_NORM, ACTIVATION, GATED]] = (
-            config.norm == "layer",
-            ACTIVATIONS[config.activation],
-            config.gated,
-        )
         return a
 
     def _buffers(self, rows: int) -> dict[str, torch.Tensor]:

@@ -66,7 +66,16 @@ from daskllm.engine.kernels.cpu.stack import (
     rope,
 )
 from daskllm.engine.kernels.cpu.stack import FIELDS as STACK_FIELDS
-from daskllm.engine.kernels.cpu.team import LINE, SIGNATURE, address, begin, meet, take, team_size
+from daskllm.engine.kernels.cpu.team import (
+    LINE,
+    SIGNATURE,
+    address,
+    begin,
+    meet,
+    take,
+    team_size,
+    together,
+)
 from daskllm.engine.kernels.cpu.vnni import TILE_ROWS
 
 __all__ = ["StackInt8", "stack_loop"]
@@ -141,14 +150,16 @@ def _product(a, phase, counters, table, at, size, y_at, out, scratch, dtype):  #
     w, w_scales = array(table[at], channels * 4 * quads, np.uint8), array(table[at + 2], channels, np.float32)
     bias = array(table[at + 1], channels if table[at + 1] else 0, np.float32)
     y = array(y_at, rows * out, dtype)
+    group = together(rows, panels)
+    groups = (panels + group - 1) // group
     while True:
         item = take(counters, phase * LINE)
-        if item >= panels * chunks:
+        if item >= groups * chunks:
             break
-        first, last = item // panels * rows // chunks, (item // panels + 1) * rows // chunks
-        product(
-            item % panels, first, last, q, scales, minus, w, w_scales, bias, y, out, sixteens, quads, scratch
-        )
+        first, last = item // groups * rows // chunks, (item // groups + 1) * rows // chunks
+        begin = item % groups * group
+        for panel in range(begin, min(begin + group, panels)):
+            product(panel, first, last, q, scales, minus, w, w_scales, bias, y, out, sixteens, quads, scratch)
 
 
 @numba.njit(inline="always")
