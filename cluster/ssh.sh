@@ -22,7 +22,7 @@ address="${address:-tcp}://$scheduler:$port"
 trap 'trap - INT TERM EXIT; kill 0' INT TERM EXIT
 # -tt: what runs there ends with its connection.
 ssh -tt "$scheduler" "$dask scheduler --host $scheduler --port $port \
-    --dashboard-address 127.0.0.1:8787 $(options "$scheduler")" &
+    --dashboard-address 127.0.0.1:8787 --preload daskllm.dashboard $(options "$scheduler")" &
 for host in "$@"; do
     # --nworkers 1: a worker has all cores of its host to itself. --memory-limit 0: daskllm sizes its memory.
     ssh -tt "$host" "$dask worker $address --nworkers 1 --nthreads 2 --memory-limit 0 --death-timeout 60 \

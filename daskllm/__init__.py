@@ -19,8 +19,11 @@ import daskllm.frame  # noqa: F401  (registers ``df.llm``)
 from daskllm.types import Completion, DaskLLMError, JobError, ModelError, RowError, SamplingParams
 
 if TYPE_CHECKING:
+    from daskllm.aio import AsyncLLM, load_async
     from daskllm.llm import LLM, load
     from daskllm.runtime.deploy import local_cluster
+    from daskllm.runtime.install import install
+    from daskllm.runtime.leases import loaded
     from daskllm.texts import generate_text, parallel_generate_text
 
 # libgomp reads it when torch is first imported. Its threads stay awake for some 3 ms after each operation,
@@ -32,6 +35,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "Completion",
     "DaskLLMError",
     "JobError",
@@ -40,15 +44,22 @@ __all__ = [
     "SamplingParams",
     "__version__",
     "generate_text",
+    "install",
     "load",
+    "load_async",
+    "loaded",
     "local_cluster",
     "parallel_generate_text",
 ]
 
 _LATE = {
     "LLM": "daskllm.llm",
+    "AsyncLLM": "daskllm.aio",
     "generate_text": "daskllm.texts",
+    "install": "daskllm.runtime.install",
     "load": "daskllm.llm",
+    "load_async": "daskllm.aio",
+    "loaded": "daskllm.runtime.leases",
     "local_cluster": "daskllm.runtime.deploy",
     "parallel_generate_text": "daskllm.texts",
 }

@@ -20,7 +20,10 @@ from daskllm.runtime.cluster import client_for
 from daskllm.runtime.facts import Facts
 from daskllm.runtime.loading import (
     check_client,
+    check_cluster,
     close_on,
+    keep_on,
+    leave_on,
     open_on,
     residency_of,
     specify,
@@ -282,10 +285,13 @@ class LLM:
 
     def close(self) -> None:
         """Let the model go, all versions of it, here and on the client's workers; a later call opens the
-        present one again."""
+        present one again.
+
+        Where other clients have loaded it too, it stays on the workers until they are gone.
+        """
         close_session(self.spec)
         client = client_for(self.client)
-        if client is not None and client.status == "running":
+        if client is not None and client.status == "running" and leave_on(client, self.spec):
             for one in known(self.spec):
                 close_on(client, one)
 
@@ -331,7 +337,8 @@ def load(
 
     With a Dask client, given or current, it is opened on every worker that is there, and on those that join
     later by their first task; without one, in this process. In stages, each of its layers is on one worker
-    and nowhere else, and a row's every token passes through all of them.
+    and nowhere else, and a row's every token passes through all of them. It stays until `LLM.close`, or until
+    no client that loaded it has been there for a minute (Dask's configuration ``daskllm.lease``).
 
     Args:
         model: a directory, or a Hub id (``"org/name"``).
@@ -365,10 +372,13 @@ def load(
             there are layers or workers for.
         PlanError: no worker has room for some layer, or the plan is not one of this model on these workers.
         TypeError: an argument of the wrong type.
+        RuntimeError: the client's scheduler or a worker has another daskllm, or none; see `daskllm.install`.
     """
     check_client(client)
     kept = place_for(answers)
     answering = client_for(client)
+    if answering is not None:
+        check_cluster(answering)
     check_stages(stages, replicas, plan, answering)
     spec, config = specify(
         model,
@@ -388,6 +398,7 @@ def load(
     chosen = of_its_own(answering, chosen)
     llm = LLM(chosen, client, config, kept)
     open_on(answering, chosen)
+    keep_on(answering, chosen)
     # It needs distributed, which whoever has a client has imported.
     from daskllm.dashboard import install
 

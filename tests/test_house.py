@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "daskllm"
 FILES = sorted(PACKAGE.rglob("*.py"))
 ABOVE_RUNTIME = (
+    "aio",
     "runtime",
     "dashboard",
     "jobs",

@@ -9,7 +9,6 @@ and to redo rows.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import pickle
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from daskllm.graph import PlanError
 from daskllm.runtime.devices import recorded_speeds
 from daskllm.runtime.placing import chains_of, cluster_of, plan_on
+from daskllm.runtime.record import heir_keys
 from daskllm.runtime.sizes import dtype_of
 from daskllm.runtime.wire import Node, ask
 
@@ -74,8 +74,8 @@ async def succeed(
     if (known := await _latest(node, spec)) != spec:
         return known
     # An heir's own record is of another time, should the layers be back where they once were.
-    await node.scheduler.set_metadata(keys=_keys(heir), value=None)
-    await node.scheduler.set_metadata(keys=_keys(spec), value=pickle.dumps(heir))
+    await node.scheduler.set_metadata(keys=heir_keys(heir), value=None)
+    await node.scheduler.set_metadata(keys=heir_keys(spec), value=pickle.dumps(heir))
     return heir
 
 
@@ -84,7 +84,7 @@ async def _latest(node: Node, spec: ModelSpec) -> ModelSpec:
     heir: ModelSpec | None = spec
     while heir is not None:
         spec = heir
-        heir = _read(await node.scheduler.get_metadata(keys=_keys(spec), default=None))
+        heir = _read(await node.scheduler.get_metadata(keys=heir_keys(spec), default=None))
     return spec
 
 
@@ -93,14 +93,14 @@ def heirs_of(client: Client, spec: ModelSpec) -> Iterator[ModelSpec]:
     heir: ModelSpec | None = spec
     while heir is not None:
         yield heir
-        heir = _read(client.get_metadata(_keys(heir), None)) if heir.chains else None
+        heir = _read(client.get_metadata(heir_keys(heir), None)) if heir.chains else None
 
 
 def forget(client: Client, spec: ModelSpec) -> None:
     """Let a specification have no heirs; the next call starts from its own stages."""
     for one in list(heirs_of(client, spec)):
         if one.chains:
-            client.set_metadata(_keys(one), None)
+            client.set_metadata(heir_keys(one), None)
 
 
 def _planned(
@@ -151,10 +151,6 @@ async def _answering(node: Node, workers: Mapping[str, Any]) -> dict[str, Any]:
         for (address, facts), reply in zip(workers.items(), replies, strict=True)
         if not isinstance(reply, BaseException)
     }
-
-
-def _keys(spec: ModelSpec) -> list[str]:
-    return ["daskllm-heirs", hashlib.sha256(repr(spec).encode()).hexdigest()]
 
 
 def _read(written: bytes | None) -> ModelSpec | None:

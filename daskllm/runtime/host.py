@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from distributed.protocol import to_serialize
@@ -24,7 +25,7 @@ from daskllm.engine.engine import EngineClosedError
 from daskllm.engine.stage import Flight, Stage, StageTimes, kv_room, open_runner
 from daskllm.runtime.calls import Calls
 from daskllm.runtime.resident import close_model, model_for
-from daskllm.runtime.versions import supersede, superseded
+from daskllm.runtime.versions import known, supersede, superseded
 from daskllm.runtime.wire import Courier, Message, ask, pack, unpack
 from daskllm.runtime.worker import set_share
 from daskllm.session import Session
@@ -82,6 +83,7 @@ class StageHost:
         # One for each model: two workers may each have the engine of one and a stage of the other.
         self._locks: defaultdict[ModelSpec, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._users: Counter[ModelSpec] = Counter()
+        self._used: dict[ModelSpec, float] = {}
         self._sweeps: set[asyncio.Task[None]] = set()
         calls = Calls(self.enter, self.leave)
         handlers = (self.ping, self.hold, self.start, self.step, self.fault, self.watch, self.end)
@@ -121,6 +123,7 @@ class StageHost:
 
     def leave(self, spec: ModelSpec) -> None:
         """A call is over."""
+        self._used[spec] = time.monotonic()
         self._users[spec] -= 1
         if superseded(spec):
             task = asyncio.get_running_loop().create_task(self.sweep())
@@ -130,10 +133,29 @@ class StageHost:
     async def sweep(self) -> None:
         """Close models, all their stages, whose engine is here, that are superseded and that nobody uses."""
         for part in [p for p in self._parts.values() if p.session is not None and superseded(p.spec)]:
-            async with self._locks[part.spec]:
-                if self._parts.get(part.spec) is part and not self._users[part.spec]:
-                    await asyncio.gather(*self._tell(part, "end"), return_exceptions=True)
-                    await self._drop(part)
+            await self._end(part, 0.0)
+
+    async def close_idle(self, spec: ModelSpec, seconds: float) -> bool:
+        """End a model's runs whose engine is here, all their stages, where nobody has used them for so long.
+
+        Returns:
+            Whether this worker still has a stage of it, ended or not by its engine's worker.
+        """
+        wanted = {replace(one, stages=(), replicas=()) for one in known(spec)}
+        parts = [p for p in self._parts.values() if replace(p.spec, stages=(), replicas=()) in wanted]
+        for part in parts:
+            if part.session is not None:
+                await self._end(part, seconds)
+        return any(self._parts.get(part.spec) is part for part in parts)
+
+    async def _end(self, part: _Part, seconds: float) -> None:
+        """End a run whose engine is here, if it is idle, and has been for so long."""
+        async with self._locks[part.spec]:
+            idle = time.monotonic() - self._used.get(part.spec, float("-inf"))
+            if self._parts.get(part.spec) is part and not self._users[part.spec] and idle >= seconds:
+                self._used.pop(part.spec, None)
+                await asyncio.gather(*self._tell(part, "end"), return_exceptions=True)
+                await self._drop(part)
 
     async def _open(self, spec: ModelSpec) -> _Part:
         cluster = await self.worker.scheduler.identity()
@@ -157,6 +179,7 @@ class StageHost:
             await self._drop(part)
             raise
         part.watches = [asyncio.create_task(self._guard(part, i)) for i in range(part.number)]
+        self._used[spec] = time.monotonic()
         return part
 
     def _tell(self, part: _Part, handler: str, **message: Any) -> list[Awaitable[Any]]:

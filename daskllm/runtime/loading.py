@@ -26,11 +26,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_client",
+    "check_cluster",
     "check_options",
     "close_on",
     "expect_losses",
     "files_of",
+    "keep_on",
     "kv_bytes",
+    "leave_on",
     "open_on",
     "reachable",
     "residency_of",
@@ -81,7 +84,9 @@ def check_client(client: Any) -> None:
     if not isinstance(client, Client):
         raise TypeError(f"client must be a distributed.Client or None, not {client!r:.80}")
     if client.asynchronous:
-        raise ValueError("client must be synchronous: daskllm waits for its answers")
+        raise ValueError(
+            "client must be synchronous; with an asynchronous one, await daskllm.load_async(...)"
+        )
 
 
 def kv_bytes(kv_memory: Any) -> int | None:
@@ -176,11 +181,25 @@ def files_of(spec: ModelSpec) -> Checkpoint:
     return borrowed(node, spec, str(why))
 
 
-def version_here() -> str:
-    """This process's version of the package, for `Client.run`."""
-    # The package's root imports the rooms, so that no room may import it.
-    version: str = sys.modules["daskllm"].__version__
-    return version
+def check_cluster(client: Client) -> None:
+    """Refuse a cluster that has another daskllm than this process; see `install.check_versions`."""
+    from daskllm.runtime.install import check_versions  # distributed, which whoever has a client has imported
+
+    check_versions(client)
+
+
+def keep_on(client: Client, spec: ModelSpec) -> None:
+    """Hold a lease on a model for as long as the client is there; see `leases`."""
+    from daskllm.runtime.leases import keep
+
+    keep(client, spec)
+
+
+def leave_on(client: Client, spec: ModelSpec) -> bool:
+    """Give the client's lease back; whether nobody else has one."""
+    from daskllm.runtime.leases import leave
+
+    return leave(client, spec)
 
 
 def close_on(client: Client, spec: ModelSpec) -> None:
@@ -219,15 +238,9 @@ def open_on(client: Client, spec: ModelSpec) -> None:
     From then on the scheduler bears more losses of workers; see `ALLOWED_FAILURES`.
 
     Raises:
-        RuntimeError: a worker has another version of daskllm; nothing was loaded.
         ModelError: it cannot be loaded; nothing stays on the workers where it could.
         StageLostError: a stage's worker is gone.
     """
-    for worker, version in client.run(version_here).items():
-        if version != version_here():
-            raise RuntimeError(
-                f"worker {worker} has daskllm {version}, this process {version_here()}: install one on both"
-            )
     # Both need distributed, which whoever has a client has imported.
     from daskllm.runtime.remote import reach
     from daskllm.runtime.stages import StagePlugin

@@ -114,7 +114,10 @@ def cluster_of(
         ValueError: there is no worker, or one that reports no memory.
     """
     if not workers:
-        raise ValueError("the client's cluster has no workers: start one, or wait for one, before load")
+        raise ValueError(
+            "the client's cluster has no workers: start one, or wait for one, before load; stages=1 asks for "
+            "none, where workers come with the first rows (adapt with a minimum of 0)"
+        )
     beside = Counter(known["host"] for known in workers.values())
 
     def memory(address: str) -> int:

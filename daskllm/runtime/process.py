@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from daskllm.types import ModelSpec
 
 __all__ = [
+    "close_idle",
     "close_session",
     "close_session_on",
     "engine_times",
@@ -47,6 +49,8 @@ __all__ = [
 _lock = threading.Lock()
 _sessions: dict[Any, Future[Any]] = {}
 _users: Counter[Any] = Counter()
+# When each specification was last opened or left.
+_used: dict[Any, float] = {}
 
 
 @singledispatch
@@ -101,6 +105,7 @@ def keeping(spec: ModelSpec) -> Iterator[None]:
 
 def _leave(spec: ModelSpec) -> None:
     with _lock:
+        _used[spec] = time.monotonic()
         _users[spec] -= 1
         if not _users[spec]:
             del _users[spec]
@@ -120,6 +125,32 @@ def sweep() -> None:
         _close(opening)
 
 
+def close_idle(spec: ModelSpec, seconds: float) -> bool:
+    """Close what this process has of a model, all its versions, where nobody has used it for so long.
+
+    Returns:
+        Whether some of it stays open.
+    """
+    closing, stays = [], False
+    for one in known(spec):
+        with _lock:
+            opening = _sessions.get(one)
+            if opening is None and one not in open_models():
+                continue
+            fresh = time.monotonic() - _used.get(one, float("-inf")) < seconds
+            if _users[one] or fresh or (opening is not None and not opening.done()):
+                stays = True
+                continue
+            if opening is not None:
+                closing.append(_sessions.pop(one))
+            _used.pop(one, None)
+            # Still under the lock, as in `sweep`.
+            close_model(one)
+    for opening in closing:
+        _close(opening)
+    return stays
+
+
 def is_open(spec: ModelSpec) -> bool:
     """Whether this process has a session of this very version, or is about to."""
     with _lock:
@@ -136,6 +167,7 @@ def _opened(spec: ModelSpec) -> Session:
         try:
             worker.announce_share()
             opening.set_result(open_session(spec))
+            _used[spec] = time.monotonic()
         except BaseException as error:
             with _lock:
                 _sessions.pop(spec, None)
@@ -151,6 +183,7 @@ def close_session(spec: ModelSpec) -> None:
     for one in known(spec):
         with _lock:
             opening = _sessions.pop(one, None)
+            _used.pop(one, None)
         if opening is not None:
             _close(opening)
         close_model(one)
@@ -237,3 +270,4 @@ async def engine_times_on(spec: ModelSpec, dask_worker: Worker) -> tuple[float, 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_sessions.clear)
     os.register_at_fork(after_in_child=_users.clear)
+    os.register_at_fork(after_in_child=_used.clear)

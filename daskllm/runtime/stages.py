@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from distributed import Worker, WorkerPlugin
 
 from daskllm.runtime.blockserver import block_server_of
+from daskllm.runtime.leases import serve
 from daskllm.runtime.remote import RemoteSession
 from daskllm.runtime.versions import learn
 
@@ -35,6 +36,7 @@ class StagePlugin(WorkerPlugin):
         await asyncio.to_thread(_import_host)
         host_of(worker)
         block_server_of(worker)
+        serve(worker)
 
 
 class VersionPlugin(WorkerPlugin):

@@ -8,7 +8,6 @@ other clients learn of it. It refuses to know how a version is opened (`loading`
 
 from __future__ import annotations
 
-import hashlib
 import os
 import pickle
 import threading
@@ -29,6 +28,7 @@ from daskllm.runtime.process import (
     sweep,
     sweep_on,
 )
+from daskllm.runtime.record import version_keys
 from daskllm.runtime.versions import known, learn, present
 from daskllm.runtime.worker import current_worker
 from daskllm.types import ModelError
@@ -82,7 +82,7 @@ def present_at(client: Client | None, handle: ModelSpec) -> ModelSpec:
     """A handle's present version, be it another client's update that made it."""
     if client is not None and client.status == "running":
         try:
-            written = client.get_metadata(_keys(handle), None)
+            written = client.get_metadata(version_keys(handle), None)
         except OSError:  # what is known here will do; whoever asks the cluster for rows will hear of it
             written = None
         if written is not None:
@@ -115,7 +115,7 @@ def _alone(client: Client | None, handle: ModelSpec) -> Iterator[None]:
             return
         from distributed import Lock
 
-        with Lock("-".join(_keys(handle)), scheduler_rpc=client.scheduler, loop=client.loop):
+        with Lock("-".join(version_keys(handle)), scheduler_rpc=client.scheduler, loop=client.loop):
             yield
 
 
@@ -181,8 +181,8 @@ def _tell(client: Client, handle: ModelSpec, now: ModelSpec, gone: tuple[ModelSp
     """Have every worker, those that join later too, and this process go over to a version."""
     from daskllm.runtime.stages import VersionPlugin
 
-    plugin = VersionPlugin("-".join(_keys(handle)), handle, now, gone)
-    client.set_metadata(_keys(handle), pickle.dumps((now, gone)))
+    plugin = VersionPlugin("-".join(version_keys(handle)), handle, now, gone)
+    client.set_metadata(version_keys(handle), pickle.dumps((now, gone)))
     for left in reversed(range(_TRIES)):
         try:
             client.register_plugin(plugin)
@@ -192,7 +192,3 @@ def _tell(client: Client, handle: ModelSpec, now: ModelSpec, gone: tuple[ModelSp
                 raise
     _learn_here(client, handle, now, gone)
     client.run(sweep_on, handle, on_error="ignore")
-
-
-def _keys(handle: ModelSpec) -> list[str]:
-    return ["daskllm-versions", hashlib.sha256(repr(handle).encode()).hexdigest()]

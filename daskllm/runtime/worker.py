@@ -14,6 +14,7 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import threading
+import time
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -137,12 +138,12 @@ class WorkerTask:
                 if self.cancelled():
                     raise InterruptedError("the rows were cancelled")
                 if _in_pool() and self._more_urgent_waits():
-                    from distributed import Reschedule, secede
+                    from distributed import Reschedule
 
                     if alone:
                         raise Reschedule
                     self._left = True
-                    secede()
+                    self._leave_pool()
                 _turns.wait(_LOOK_SECONDS)
             begun.append(self)
             _vacated[self.worker.id] = max(0, _vacated[self.worker.id] - 1)
@@ -162,9 +163,17 @@ class WorkerTask:
                 return
             self._left = True
             _vacated[self.worker.id] += 1
-        from distributed import secede
+        self._leave_pool()
+
+    def _leave_pool(self) -> None:
+        """As `distributed.secede`, by which Dask would learn that such tasks take as long as this one so far:
+        some milliseconds, for which nothing is worth stealing, nor another worker starting."""
+        from distributed.threadpoolexecutor import secede
+        from distributed.worker_state_machine import SecedeEvent
 
         secede()
+        event = SecedeEvent(key=self.key, compute_duration=None, stimulus_id=f"secede-{time.time()}")
+        self.worker.loop.add_callback(self.worker.handle_stimulus, event)
 
     def _room(self) -> bool:
         """Whether the worker should have one more task in flight."""

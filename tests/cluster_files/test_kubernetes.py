@@ -138,3 +138,5 @@ def test_the_commands_start_a_cluster_whose_probes_answer(tmp_path: Path) -> Non
         for listening in (dashboard, health):
             with urllib.request.urlopen(f"http://127.0.0.1:{listening}/health", timeout=10) as reply:
                 assert reply.status == 200
+        with urllib.request.urlopen(f"http://127.0.0.1:{dashboard}/llm", timeout=10) as page:
+            assert page.status == 200

@@ -8,7 +8,7 @@ import pytest
 from distributed import Client
 
 from daskllm.runtime import process
-from daskllm.runtime.process import close_session, open_session_on, session_for
+from daskllm.runtime.process import close_idle, close_session, is_open, open_session_on, session_for, using
 from daskllm.types import ModelError
 from tests.fake_session import FakeLLM, FakeSpec
 
@@ -67,3 +67,16 @@ def test_opening_on_workers_raises_what_opening_raises(two_processes: Client, fa
     with pytest.raises(ModelError, match="is broken"):
         two_processes.run(open_session_on, FakeSpec(log="", broken=True))
     assert len(two_processes.run(open_session_on, fake.spec)) == 2
+
+
+def test_what_is_idle_for_long_is_closed_and_what_is_in_use_is_not(fake: FakeLLM) -> None:
+    spec: Any = fake.spec
+    with using(spec) as session:
+        assert close_idle(spec, 0.0)
+        assert is_open(spec)
+    assert close_idle(spec, 1000.0)
+    assert is_open(spec)
+    assert not close_idle(spec, 0.0)
+    assert not is_open(spec)
+    assert session.closed  # type: ignore[attr-defined]
+    assert not close_idle(spec, 0.0)
