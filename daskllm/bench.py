@@ -46,6 +46,7 @@ __all__ = ["WorkRow", "machine_rates", "measure", "read_work"]
 
 WARM_UP_ROWS = 4
 MEGABYTE = 1_000_000
+_SUMMED = ("preemptions", "reused_tokens", "drafted_tokens", "accepted_tokens")  # over engines
 _MEASURING_SECONDS = 0.3
 _READ = 256 << 20
 """Bytes to read for the memory's bandwidth: many times what caches hold."""
@@ -120,7 +121,8 @@ def measure(
         warm-up; ``out_tokens``, ``out_tokens_per_s``, ``prompt_tokens``, ``rows``; ``base_rss_mb`` resident
         before ``load`` and ``peak_rss_mb`` the most ever resident, both in 10**6 bytes and summed over the
         processes that hold the model; ``preemptions``; ``reused_tokens``, prompt tokens whose keys and
-        values were found instead of computed; the machine and versions it ran on; and ``profile`` where it
+        values were found instead of computed; ``drafted_tokens``, guessed, and the ``accepted_tokens`` among
+        them; the machine and versions it ran on; and ``profile`` where it
         was asked for.
 
     Raises:
@@ -235,7 +237,7 @@ def _on_cluster(
             "base_rss_mb": base,
             "peak_rss_mb": sum(client.run(_peak_resident).values()),
             **engines[0],
-            **{name: sum(engine[name] for engine in engines) for name in ("preemptions", "reused_tokens")},
+            **{name: sum(engine[name] for engine in engines) for name in _SUMMED},
             "workers": workers,
             "threads": threads,
             "stages": len(spec.chains[0].stages) if spec.chains else 1,
@@ -298,6 +300,8 @@ def _engine(session: Session) -> dict[str, Any]:
         "kv_mb": round(sum(tensor.nbytes for tensor in (*cache.keys, *cache.values)) / MEGABYTE, 3),
         "preemptions": metrics.preemptions,
         "reused_tokens": metrics.reused_tokens,
+        "drafted_tokens": metrics.drafted_tokens,
+        "accepted_tokens": metrics.accepted_tokens,
         "mean_batch": round(metrics.fill(), 1),
     }
 

@@ -35,16 +35,18 @@ _KINDS = (
 
 @dataclass(frozen=True, slots=True)
 class StepCosts:
-    """Seconds that a step takes: for itself, for each prompt token, for each sequence that decodes.
+    """Seconds that a step takes: for itself, for each prompt token, for each token that is generated.
 
     Attributes:
-        decoding: how many sequences decoded in a step on average.
+        decoding: how many tokens were generated in a step on average.
+        row: for each token that a step runs to generate one, drafts included.
     """
 
     step: float
     prefill_token: float
     decode_token: float
     decoding: float = 0.0
+    row: float = 0.0
 
     @property
     def output_token(self) -> float:
@@ -97,6 +99,7 @@ class StepRecord:
         running, waiting: sequences in the batch, and behind it.
         callers: how many different callers had rows in the step.
         blocks_used: KV blocks in use.
+        drafted, accepted: tokens that were guessed and run besides, and those of them that were right.
     """
 
     time: float
@@ -107,6 +110,8 @@ class StepRecord:
     waiting: int
     callers: int
     blocks_used: int
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass(slots=True)
@@ -118,6 +123,7 @@ class EngineMetrics:
         prompt_tokens: of the prompts that came.
         reused_tokens: whose keys and values were found instead of computed, for rows taken up again too.
         remembered: rows that were answered without the engine.
+        drafted_tokens, accepted_tokens: guessed, and of those the right ones, which were generated so.
         waiting_seconds: between two steps; before the first, nothing has to be waited for.
         prefill_seconds, decode_seconds: the busy ones, by what was computed in them; a step that did both
             counts for both, in the proportion of what the tokens cost.
@@ -140,12 +146,14 @@ class EngineMetrics:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     generated_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     sequences: int = 0
     preemptions: int = 0
     aborted: int = 0
     remembered: int = 0
     history: deque[StepRecord] = field(default_factory=lambda: deque(maxlen=_HISTORY))
-    _sums: list[float] = field(default_factory=lambda: [0.0] * 9)
+    _sums: list[float] = field(default_factory=lambda: [0.0] * 10)
     _ratio: float = 1.0
 
     def record(self, step: StepRecord) -> None:
@@ -162,17 +170,17 @@ class EngineMetrics:
         self._divide(step)
         if self.steps <= _WARM_UP:
             return
-        x, y, t = step.prefill_tokens, step.decode_tokens, step.seconds
-        new = (1.0, x, y, x * x, x * y, y * y, t, x * t, y * t)
+        x, y, t = step.prefill_tokens, step.decode_tokens + step.drafted, step.seconds
+        new = (1.0, x, y, x * x, x * y, y * y, t, x * t, y * t, step.decode_tokens + step.accepted)
         self._sums = [_FORGET * a + b for a, b in zip(self._sums, new, strict=True)]
 
     def _divide(self, step: StepRecord) -> None:
         """Count a step's time for what it was spent on."""
         if step.prefill_tokens and step.decode_tokens and self.steps % _RATIO_STEPS == 0:
             costs = self.costs()
-            if costs is not None and costs.prefill_token > 0 and costs.decode_token > 0:
-                self._ratio = costs.decode_token / costs.prefill_token
-        decode = self._ratio * step.decode_tokens
+            if costs is not None and costs.prefill_token > 0 and costs.row > 0:
+                self._ratio = costs.row / costs.prefill_token
+        decode = self._ratio * (step.decode_tokens + step.drafted)
         share = step.prefill_tokens / (step.prefill_tokens + decode) if step.prefill_tokens else 0.0
         self.prefill_seconds += share * step.seconds
         self.decode_seconds += (1.0 - share) * step.seconds
@@ -189,11 +197,11 @@ class EngineMetrics:
             >>> round(costs.step, 4), round(costs.prefill_token, 4), round(costs.decode_token, 4)
             (0.01, 0.001, 0.002)
         """
-        n, x, y, xx, xy, yy, t, xt, yt = self._sums
+        n, x, y, xx, xy, yy, t, xt, yt, generated = self._sums
         if not t:
             return None
-        step, prefill, decode = _least_squares([[n, x, y], [x, xx, xy], [y, xy, yy]], [t, xt, yt])
-        return StepCosts(step, prefill, decode, y / n)
+        step, prefill, row = _least_squares([[n, x, y], [x, xx, xy], [y, xy, yy]], [t, xt, yt])
+        return StepCosts(step, prefill, row * y / generated if generated else row, generated / n, row)
 
     def totals(self) -> dict[str, float]:
         """Everything but the history, as one flat dict."""

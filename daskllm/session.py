@@ -118,7 +118,8 @@ class Session:
         tokenizer = Tokenizer.from_directory(model.checkpoint.path)
         threads = machine.cores()
         batcher = Batcher(BlockPool(blocks), flights * MAX_SEQUENCES, MAX_STEP_TOKENS, flights)
-        engine = Engine(runner, batcher, model.config.max_positions, threads, depart)
+        speculate = depart is None and model.kernels.INVARIANT
+        engine = Engine(runner, batcher, model.config.max_positions, threads, depart, speculate)
         return cls(spec, model, tokenizer, engine)
 
     @property

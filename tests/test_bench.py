@@ -28,7 +28,7 @@ def check(measured: dict[str, Any]) -> None:
     assert measured["out_tokens"] == sum(row.out for row in WORK)
     assert measured["prompt_tokens"] == sum(len(row.prompt) for row in WORK)
     assert measured["out_tokens_per_s"] == pytest.approx(
-        measured["out_tokens"] / measured["seconds"], rel=0.05
+        measured["out_tokens"] / measured["seconds"], rel=0.05 + 0.0005 / measured["seconds"]
     )
     assert 0 < measured["base_rss_mb"] <= measured["peak_rss_mb"]
     assert measured["load_s"] > 0

@@ -60,6 +60,7 @@ def run(path: Path, dtype: str, seen: Seen, prompts: list[list[int]], **changes:
         session.engine._threads = changes.get("threads", torch.get_num_threads())
         session.engine.batcher.max_tokens = changes.get("step_tokens", 512)
         session.engine.batcher.reuse = bool(changes.get("reuse", True))
+        session.engine.batcher.draft = None  # one row for a token; tests/engine/test_speculation.py has more
         size = changes.get("at_once", len(prompts))
         for start in range(0, len(prompts), size):
             session.generate(prompts[start : start + size], GREEDY)

@@ -28,27 +28,47 @@ from __future__ import annotations
 import bisect
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from daskllm.engine.batch import BLOCK_SIZE
+from daskllm.engine.batch import BLOCK_SIZE, Chunk
 from daskllm.engine.kvcache import BlockPool, blocks_for
 from daskllm.engine.sequence import SequenceState
 
 __all__ = ["Batcher", "ScheduledChunk", "Step"]
 
+_FEW = 8
+"""Sequences in a step: with more, guesses pay so rarely that they are not even looked for."""
+
 
 @dataclass(frozen=True, slots=True)
 class ScheduledChunk:
-    """``count`` tokens of a sequence from its first uncomputed one on."""
+    """``count`` tokens of a sequence from its first uncomputed one on; ``drafts`` are guesses behind them."""
 
     sequence: SequenceState
     count: int
+    drafts: tuple[int, ...] = ()
 
     @property
     def completes(self) -> bool:
         """Whether the sequence's next token can be chosen after this chunk."""
         return self.count == self.sequence.remaining
+
+    @property
+    def wanted(self) -> range:
+        """Which of its rows' last hidden states somebody waits for."""
+        request, count, completes = self.sequence.request, self.count, self.completes
+        if request.kind == "score":  # nothing comes after the last token that could be scored
+            return range(count - completes)
+        if request.kind == "embed" and request.pooling == "mean":
+            return range(count)
+        return range(count - completes, count + len(self.drafts))
+
+    def laid_out(self) -> Chunk:
+        """What a step reads of it."""
+        sequence, start = self.sequence, self.sequence.computed
+        tokens = sequence.tokens[start : start + self.count]
+        return Chunk([*tokens, *self.drafts], start, sequence.blocks, self.wanted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +94,7 @@ class Batcher:
         max_tokens: at most so many tokens in one step.
         flights: at most so many steps under way at once; they run in the order in which they were made.
         reuse: whether sequences start on blocks that others computed.
+        draft: guesses tokens behind a sequence's last one, as `daskllm.engine.speculation.Speculation.draft`.
 
     Example:
         >>> from daskllm.engine.sequence import Request
@@ -89,6 +110,7 @@ class Batcher:
     max_tokens: int
     flights: int = 1
     reuse: bool = True
+    draft: Callable[[SequenceState, int, int], Sequence[int]] | None = None
     waiting: deque[SequenceState] = field(default_factory=deque)
     running: list[SequenceState] = field(default_factory=list)
     preemptions: int = 0
@@ -155,6 +177,7 @@ class Batcher:
         budget = self.max_tokens
         share = math.ceil((len(self.running) + len(self.waiting)) / self.flights)
         idle = [s for s in self.running if not s.flying]
+        few = self.draft is not None and len(idle) <= _FEW
         # Decode rows first: they are one token each and every one of them delays a whole row.
         for sequence in sorted(idle, key=lambda s: s.remaining > 1):
             if budget == 0 or len(chunks) == share:
@@ -171,8 +194,11 @@ class Batcher:
                 else:
                     self._preempt(sequence)
                 continue
-            chunks.append(ScheduledChunk(sequence, count))
-            budget -= count
+            drafts: tuple[int, ...] = ()
+            if few and sequence.remaining == 1 and sequence.produced:
+                drafts = self._drafts(sequence, len(idle), budget - 1)
+            chunks.append(ScheduledChunk(sequence, count, drafts))
+            budget -= count + len(drafts)
             if (sequence.computed + count) % BLOCK_SIZE < count:
                 self._publish(sequence, count)
         while budget and len(chunks) < share and self.waiting and len(self.running) < self.max_sequences:
@@ -207,6 +233,21 @@ class Batcher:
             chunk.sequence.flying = False
             if chunk.sequence.dropped:
                 self.finish(chunk.sequence)
+
+    def accept(self, sequence: SequenceState, count: int) -> None:
+        """Note that so many of the drafts that ran behind its last token are its tokens now."""
+        self._publish(sequence, count)
+        sequence.computed += count
+
+    def _drafts(self, sequence: SequenceState, running: int, budget: int) -> tuple[int, ...]:
+        """Guessed tokens to run behind its last one, with blocks for them; nobody gives way for a guess."""
+        assert self.draft is not None
+        room = len(sequence.blocks) * BLOCK_SIZE - sequence.computed - 1
+        if self.pool.free > self._growth():
+            room += BLOCK_SIZE
+        drafts = tuple(self.draft(sequence, running, min(room, budget)))
+        self._grow(sequence, sequence.computed + 1 + len(drafts))
+        return drafts
 
     def _found(self, sequence: SequenceState) -> list[int]:
         """Blocks of its next tokens that the pool has, as many as leave it a token to run."""

@@ -13,45 +13,24 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from daskllm.engine import sampler
-from daskllm.engine.batch import Batch, Chunk
-from daskllm.engine.batcher import Batcher, ScheduledChunk, Step
+from daskllm.engine.batch import Batch
+from daskllm.engine.batcher import Batcher, Step
 from daskllm.engine.runner import LOGIT_ROWS, Runner
 from daskllm.engine.sequence import Request, Sample, SequenceState
+from daskllm.engine.speculation import Speculation
 from daskllm.engine.stage import Flight
+from daskllm.engine.ticket import EngineClosedError, Ticket
 from daskllm.metrics import EngineMetrics, StepRecord
 
 __all__ = ["Engine", "EngineClosedError", "Ticket"]
 
 logger = logging.getLogger(__name__)
-
-
-class EngineClosedError(RuntimeError):
-    """The engine was closed while rows were waiting for it."""
-
-
-class Ticket:
-    """A request on its way; `samples` is filled when it is done.
-
-    Attributes:
-        samples: one per sample of the request, None until that sample is done.
-        failure: the exception that stopped the engine's step, where one did.
-    """
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.samples: list[Sample | None] = [None] * request.params.n
-        self.failure: BaseException | None = None
-
-    @property
-    def done(self) -> bool:
-        """Whether nothing more will come."""
-        return self.failure is not None or all(sample is not None for sample in self.samples)
 
 
 @dataclass(slots=True)
@@ -73,6 +52,7 @@ class Engine:
         threads: OpenMP threads of a step.
         depart: sends a step through the layers before the runner's, without waiting; what comes of it is
             given to `land`. None where the runner has all layers.
+        speculate: guess tokens where that pays; for kernels that promise a row's bits.
     """
 
     def __init__(
@@ -82,9 +62,12 @@ class Engine:
         context: int,
         threads: int,
         depart: Callable[[Flight], None] | None = None,
+        speculate: bool = False,
     ) -> None:
         self.runner, self.batcher, self.sampler, self.context = runner, batcher, sampler, context
         self.metrics = EngineMetrics()
+        self._speculation = Speculation(self.metrics, context)
+        batcher.draft = self._speculation.draft if speculate else None
         self._threads = threads
         self._changed = threading.Condition()
         self._depart = depart
@@ -260,7 +243,7 @@ class Engine:
         under.seconds = time.monotonic() - began
 
     def _lay_out(self, step: Step) -> Batch:
-        return Batch.of([_chunk(c) for c in step.chunks], self.runner.device)
+        return Batch.of([c.laid_out() for c in step.chunks], self.runner.device)
 
     def _finish_step(self, under: _Under, hidden: torch.Tensor | None, began: float | None = None) -> None:
         began = time.monotonic() if began is None else began
@@ -268,8 +251,9 @@ class Engine:
         self.runner.cache.copy(flight.copies)
         last = self.runner.run(flight.batch) if hidden is None else self.runner.run(flight.batch, hidden)
         decode = sum(c.count == 1 and c.sequence.produced > 0 for c in under.step.chunks)
+        tried = self.metrics.drafted_tokens, self.metrics.accepted_tokens
         callers = self._deal(under.step, last)
-        self._record(under.step, decode, under.seconds + time.monotonic() - began, callers)
+        self._record(under.step, decode, tried, under.seconds + time.monotonic() - began, callers)
 
     def _deal(self, step: Step, hidden: torch.Tensor) -> int:
         """Give every row to who waits for it; how many callers had rows in the step.
@@ -278,17 +262,20 @@ class Engine:
             hidden: the last hidden states of the wanted rows; only some of them need logits.
         """
         choosing: list[tuple[int, SequenceState]] = []
+        drafted: dict[SequenceState, tuple[int, ...]] = {}
         scoring: list[tuple[int, SequenceState, int]] = []
         whole: list[SequenceState] = []
         end = 0
         for chunk in step.chunks:
             sequence, kind = chunk.sequence, chunk.sequence.request.kind
-            rows = range(end, end + len(_wanted(chunk)))
+            rows = range(end, end + len(chunk.wanted))
             end = rows.stop
             if sequence.dropped:
                 continue
             if kind == "generate":
                 choosing += [(row, one) for row in rows for one in self._samples_of(sequence)]
+                if chunk.drafts:
+                    drafted[sequence] = chunk.drafts
                 continue
             if kind == "score":
                 first = sequence.computed + 1
@@ -301,23 +288,46 @@ class Engine:
         self._score(scoring, hidden)
         self.batcher.advance(step)
         if choosing:
-            self._choose(choosing, hidden)
+            self._choose(choosing, hidden, drafted)
         for sequence in whole:
             self._finish(sequence, sequence.finished("length"))
         return len({c.sequence.request.caller for c in step.chunks})
 
-    def _choose(self, choosing: Sequence[tuple[int, SequenceState]], hidden: torch.Tensor) -> None:
-        """The next token of sequences from their rows of ``hidden``; samples of one prompt share its row."""
+    def _choose(
+        self,
+        choosing: Sequence[tuple[int, SequenceState]],
+        hidden: torch.Tensor,
+        drafted: Mapping[SequenceState, tuple[int, ...]],
+    ) -> None:
+        """The next token of sequences from their rows of ``hidden``: samples of one prompt share its row,
+        a sequence with drafts has a row for each besides its own."""
         rows = list(dict.fromkeys(row for row, _ in choosing))
         logits = self.runner.logits(hidden if len(rows) == len(hidden) else hidden[rows])
         if len(rows) < len(choosing):
             places = {row: place for place, row in enumerate(rows)}
             logits = logits[[places[row] for row, _ in choosing]]
         tokens = self.sampler.choose(logits, [sequence for _, sequence in choosing])
-        self.metrics.generated_tokens += len(tokens)
+        self.metrics.generated_tokens += len(tokens) - sum(1 + len(drafts) for drafts in drafted.values())
         # Siblings before their parent: it may end with its first token, and they start on its blocks.
         for (_, sequence), token in zip(reversed(choosing), reversed(tokens), strict=True):
-            self._extend(sequence, token)
+            if sequence not in drafted:
+                self._extend(sequence, token)
+        for sequence, drafts in drafted.items():
+            chosen = [token for (_, one), token in zip(choosing, tokens, strict=True) if one is sequence]
+            self._verify(sequence, drafts, chosen)
+
+    def _verify(self, sequence: SequenceState, drafts: Sequence[int], tokens: Sequence[int]) -> None:
+        """Append what was chosen behind the last token and behind each draft, as far as the drafts are it."""
+        right, before = 0, len(sequence.tokens)
+        for token in tokens:
+            if not self._extend(sequence, token):
+                break
+            if right == len(drafts) or drafts[right] != token:
+                self.batcher.accept(sequence, right)
+                break
+            right += 1
+        self.metrics.generated_tokens += len(sequence.tokens) - before
+        self._speculation.fared(sequence, len(drafts), right)
 
     def _score(self, scoring: Sequence[tuple[int, SequenceState, int]], hidden: torch.Tensor) -> None:
         """Note how likely each row makes the token after it; no more logits are held than it takes."""
@@ -334,8 +344,8 @@ class Engine:
             return [sequence]
         return [sequence, *(SequenceState.of(sequence.request, i) for i in range(1, params.n))]
 
-    def _extend(self, sequence: SequenceState, token: int) -> None:
-        """Append a token; end the sample, or start it where it is a sibling's first."""
+    def _extend(self, sequence: SequenceState, token: int) -> bool:
+        """Append a token; end the sample, or start it where it is a sibling's first. Whether it goes on."""
         request, params = sequence.request, sequence.request.params
         sequence.tokens.append(token)
         sequence.counts[token] += 1
@@ -345,10 +355,13 @@ class Engine:
         early = sequence.produced < params.min_tokens
         if (stopped or token in request.stop_ids) and not early:
             self._finish(sequence, sequence.finished("stop"))
-        elif sequence.produced >= params.max_tokens or len(sequence.tokens) >= self.context:
+            return False
+        if sequence.produced >= params.max_tokens or len(sequence.tokens) >= self.context:
             self._finish(sequence, sequence.finished("length"))
-        elif not sequence.blocks:
+            return False
+        if not sequence.blocks:
             self._fork(sequence)
+        return True
 
     def _fork(self, sibling: SequenceState) -> None:
         parent = next(
@@ -373,7 +386,7 @@ class Engine:
             del self._tickets[sequence.request]
             self._news = True
 
-    def _record(self, step: Step, decode: int, seconds: float, callers: int) -> None:
+    def _record(self, step: Step, decode: int, tried: tuple[int, int], seconds: float, callers: int) -> None:
         self.metrics.preemptions = self.batcher.preemptions
         self.metrics.reused_tokens = self.batcher.reused_tokens
         self.metrics.record(
@@ -386,21 +399,7 @@ class Engine:
                 waiting=len(self.batcher.waiting),
                 callers=callers,
                 blocks_used=self.batcher.pool.used,
+                drafted=self.metrics.drafted_tokens - tried[0],
+                accepted=self.metrics.accepted_tokens - tried[1],
             )
         )
-
-
-def _chunk(scheduled: ScheduledChunk) -> Chunk:
-    sequence = scheduled.sequence
-    start, end = sequence.computed, sequence.computed + scheduled.count
-    return Chunk(sequence.tokens[start:end], start, sequence.blocks, _wanted(scheduled))
-
-
-def _wanted(scheduled: ScheduledChunk) -> range:
-    """The chunk's rows whose last hidden states somebody waits for."""
-    request, count, completes = scheduled.sequence.request, scheduled.count, scheduled.completes
-    if request.kind == "score":  # nothing comes after the last token that could be scored
-        return range(count - completes)
-    if request.kind == "embed" and request.pooling == "mean":
-        return range(count)
-    return range(count - completes, count)

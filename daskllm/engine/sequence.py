@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from daskllm.engine.batch import BLOCK_SIZE
 from daskllm.engine.kvcache import block_key
+from daskllm.engine.lookup import Lookup
 from daskllm.types import FinishReason, Pooling, SamplingParams, TokenLogprob
 
 __all__ = ["Request", "Sample", "SequenceState", "random_stream"]
@@ -94,6 +95,7 @@ class SequenceState:
         keys: what its full blocks are found by, as far as somebody asked.
         scores, hidden: what its prompt has given so far: log-probabilities, the sum of its hidden states.
         counts: how often each id stands in the output, for the penalties.
+        lookup: what it has guessed of its next tokens, and from what.
         flying: whether a step that it is in is under way.
         dropped: nobody waits for it any more; it goes when its step has landed.
     """
@@ -109,6 +111,7 @@ class SequenceState:
     hidden: Vector | None = None
     counts: Counter[int] = field(default_factory=Counter)
     generator: np.random.Generator | None = None
+    lookup: Lookup | None = None
     flying: bool = False
     dropped: bool = False
 

@@ -39,6 +39,7 @@ class Kernels(Protocol):
     """The list, as a type; see `daskllm.engine.kernels.reference` for shapes and meaning."""
 
     PACKS: bool
+    INVARIANT: bool
 
     def pack(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None) -> Any: ...
     def pack_int8(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None) -> Any: ...

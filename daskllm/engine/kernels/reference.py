@@ -25,6 +25,7 @@ from daskllm.engine.kernels.composed import Composed
 from daskllm.engine.kernels.int8 import SCALE_BYTES, halves, quantised
 
 __all__ = [
+    "INVARIANT",
     "PACKS",
     "Packed",
     "PackedInt8",
@@ -40,6 +41,8 @@ __all__ = [
 
 PACKS = False
 """Whether `pack` copies, so that the blocks it was given are not needed any more."""
+INVARIANT = False
+"""Whether a row's bits are the same whatever rows are beside it."""
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,

@@ -25,6 +25,7 @@ from daskllm.engine.kernels.cpu.rows import activate, add_norm
 from daskllm.engine.kernels.cpu.stack import Stack
 
 __all__ = [
+    "INVARIANT",
     "PACKS",
     "Packed",
     "activate",
@@ -37,7 +38,7 @@ __all__ = [
     "stack",
 ]
 
-PACKS = True
+PACKS = INVARIANT = True
 
 
 def pack_int8(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None) -> Any:
