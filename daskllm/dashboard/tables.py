@@ -61,12 +61,13 @@ def tiles(board: Board, now: float) -> str:
     failed, remembered = board.counted("errors"), board.counted("remembered")
     recomputed = board.counted("recomputed")
     per_second = sum(view.output_rate for view in views), sum(view.prompt_rate for view in views)
+    lost = f'<span data-figure="lost">{board.losses}</span> lost'
     found = [
         ("output-rate", "output tokens/s", _whole(per_second[0]), _of(board, "output"), "out"),
         ("prompt-rate", "prompt tokens/s", _whole(per_second[1]), _of(board, "prompt"), "in"),
         ("rows", "rows done", _whole(rows), f"of {sum(t or 0 for t in totals):,}" if known else "", ""),
         ("left", "time left", longest, f"{len(begun)} running, {len(left) - len(begun)} waiting", ""),
-        ("workers", "workers", f"{len(board.workers)}", f"{board.losses} lost", "bad" * bool(board.losses)),
+        ("workers", "workers", f"{len(board.workers)}", lost, "bad" * bool(board.losses)),
         (
             "batch",
             "in the batches",
@@ -75,7 +76,7 @@ def tiles(board: Board, now: float) -> str:
             "",
         ),
         ("failed", "rows failed", _whole(failed), "", "bad" * bool(failed)),
-        ("remembered", "remembered", _whole(remembered), "rows, not asked", ""),
+        ("remembered", "remembered", _whole(remembered), "rows, kept answers", ""),
         ("recomputed", "recomputed", _whole(recomputed), "rows, after a loss", ""),
         ("steals", "steals", _whole(board.steals), "tasks taken over", ""),
     ]
