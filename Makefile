@@ -11,11 +11,13 @@ READY := .venv/.ready
 CONSTRAINTS := cluster/constraints.txt
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
+DOCUMENTED := llm frame jobs graph answers demo models runtime.taskgraph types
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-model test lint types layers bench gpu notebooks clean
+.PHONY: help setup demo demo-model test lint types layers bench gpu notebooks keep-notebooks docs clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## make .venv and install everything into it (every other target does so when needed)
 
@@ -54,8 +56,20 @@ gpu: ## parity tests and a benchmark on a machine with CUDA, torch, cupy and tri
 	@$(PYTHON) -m pytest -q -m gpu tests/gpu $(PYTEST_ARGS)
 	@PYTHONPATH=. $(PYTHON) tests/benchmarks/gpu.py
 
-notebooks: $(READY) ## run the notebooks and keep their outputs
-	@$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
+notebooks: $(READY) ## run every notebook from first cell to last; the files stay as they are
+	@$(BIN)/python notebooks/run.py
+
+keep-notebooks: $(READY) ## run the notebooks and keep their new outputs in the files
+	@$(BIN)/python notebooks/run.py --keep
+
+# What is imported when it is first used has to be there before pdoc looks.
+docs: $(READY) ## the docstrings as pages: build/docs/index.html
+	@$(BIN)/python -c 'import daskllm, pathlib, pdoc; \
+	    vars(daskllm).update({name: getattr(daskllm, name) for name in daskllm.__all__}); \
+	    pdoc.render.configure(docformat="google"); \
+	    pdoc.pdoc("daskllm", *(f"daskllm.{room}" for room in "$(DOCUMENTED)".split()), \
+	        output_directory=pathlib.Path("build/docs"))'
+	@echo build/docs/index.html
 
 clean: ## remove .venv, caches and the demo's answers
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info demo-answers

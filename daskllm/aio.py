@@ -36,6 +36,14 @@ class AsyncLLM:
     Attributes:
         llm: the synchronous handle.
         spec, answers, client: as of `LLM`; the client is the synchronous one.
+
+    Example:
+        >>> from daskllm import demo
+        >>> async def ask():
+        ...     async with await load_async(demo.model_path()) as llm:
+        ...         return (await llm.chat("Calculate 770 + 951.")).text
+        >>> asyncio.run(ask())
+        '1721'
     """
 
     def __init__(self, llm: LLM) -> None:
@@ -123,12 +131,16 @@ async def load_async(
         client: an asynchronous client whose workers answer; None opens the model in this process.
         model, options, raises: as `daskllm.load`.
 
-    Example::
-
-        client = await Client("tcp://scheduler:8786", asynchronous=True)
-        async with await daskllm.load_async("path/to/model", client=client) as llm:
-            texts = await llm.chat(questions, max_tokens=64)
-            table = await client.compute(df.llm.chat(llm, "{text}"))
+    Example:
+        >>> from daskllm import demo
+        >>> from distributed import Client
+        >>> async def ask():
+        ...     options = {"processes": False, "n_workers": 1, "dashboard_address": None}
+        ...     async with Client(asynchronous=True, **options) as client:
+        ...         async with await load_async(demo.model_path(), client=client) as llm:
+        ...             return [answer.text for answer in await llm.chat(["77加81等于几？"], max_tokens=8)]
+        >>> asyncio.run(ask())
+        ['158']
     """
     if client is None:
         return AsyncLLM(await asyncio.to_thread(load, model, **options))

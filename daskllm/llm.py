@@ -55,6 +55,26 @@ class LLM:
         spec: which model, and how it was opened; an update leaves it as it is.
         client: the Dask client given to `load`, or None.
         answers: the directory or URL where finished rows are kept, or None; calls made from now on use it.
+
+    Example:
+        >>> from daskllm import demo
+        >>> llm = load(demo.model_path())
+        >>> llm.chat("Calculate 770 + 951.").text, llm.generate([[1, 5], []], max_tokens=4)[1].finish_reason
+        ('1721', 'error')
+        >>> ids = llm.tokenizer.encode_chat([{"role": "user", "content": "77加81等于几？"}])
+        >>> "".join(llm.stream(ids)), llm.config.family, llm.version
+        ('158', 'llama', 0)
+        >>> likely, unlikely = llm.score(["The student saw three birds.", "birds three saw student The."])
+        >>> bool(likely > unlikely), llm.embed(["ten cars", "two cars"]).shape
+        (True, (2, 128))
+        >>> llm.delayed([1, 5, 9]).compute().shape, [node.name for node in llm.graph.nodes][:2]
+        ((3, 2048), ['embed', 'layers.0'])
+        >>> list(llm.plan.placement), list(llm.residency()), llm.session().config == llm.config
+        (['this process'], [''], True)
+        >>> llm.update(demo.model_path())  # the same weights, as it happens
+        >>> llm.version
+        1
+        >>> llm.close()
     """
 
     def __init__(
@@ -373,6 +393,11 @@ def load(
         PlanError: no worker has room for some layer, or the plan is not one of this model on these workers.
         TypeError: an argument of the wrong type.
         RuntimeError: the client's scheduler or a worker has another daskllm, or none; see `daskllm.install`.
+
+    Example:
+        >>> from daskllm import demo
+        >>> load(demo.model_path()).chat("77加81等于几？").text
+        '158'
     """
     check_client(client)
     kept = place_for(answers)

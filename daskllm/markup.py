@@ -80,7 +80,7 @@ def bar(share: float, label: object = "", colour: int = 0) -> HTML:
     """
     part = 100 * min(1.0, max(0.0, share))
     return HTML(
-        '<span style="display:inline-block;width:7em;height:.7em;border-radius:3px;'
+        '<span style="display:inline-block;width:5em;height:.7em;border-radius:3px;'
         f'background:rgba(128,128,128,.22);margin-right:.6em"><span style="display:block;width:{part:.1f}%;'
         f'height:100%;border-radius:3px;background:{_COLOURS[colour % len(_COLOURS)]}"></span></span>'
         f"{_html(label)}"

@@ -30,6 +30,11 @@ def generate_text(prompt: str, model: LLM | str | os.PathLike[str], max_length: 
 
     Raises:
         RowError: the prompt cannot be answered.
+
+    Example:
+        >>> from daskllm import demo
+        >>> len(generate_text("Calculate 1", demo.model_path(), max_length=8)) > 0
+        True
     """
     if not isinstance(prompt, str):
         raise TypeError(f"prompt must be text, not {prompt!r:.80}")
@@ -53,6 +58,11 @@ def parallel_generate_text(
 
     Raises:
         RowError: a prompt cannot be answered.
+
+    Example:
+        >>> from daskllm import demo
+        >>> len(parallel_generate_text(["Calculate 1", "Find the date"], demo.model_path(), 2, max_length=4))
+        2
     """
     params = SamplingParams(max_tokens=max_length)
     if isinstance(num_workers, bool) or not isinstance(num_workers, Integral) or num_workers < 1:

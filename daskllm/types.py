@@ -42,11 +42,25 @@ Message: TypeAlias = Mapping[str, Any]
 
 
 class DaskLLMError(Exception):
-    """Base of every error that is about daskllm rather than about an argument."""
+    """Base of every error that is about daskllm rather than about an argument.
+
+    Example:
+        >>> issubclass(ModelError, DaskLLMError), issubclass(RowError, ValueError)
+        (True, False)
+    """
 
 
 class ModelError(DaskLLMError):
-    """A model directory that cannot be loaded; the message names the file and the tensor or field."""
+    """A model directory that cannot be loaded; the message names the file and the tensor or field.
+
+    Example:
+        >>> import daskllm
+        >>> try:
+        ...     daskllm.load("/no/such/model")
+        ... except ModelError as error:
+        ...     print(error)
+        there is no directory '/no/such/model', nor is it a Hub id (org/name)
+    """
 
 
 class StageLostError(DaskLLMError):
@@ -54,11 +68,27 @@ class StageLostError(DaskLLMError):
 
 
 class JobError(DaskLLMError):
-    """A job that stopped because too many of its rows failed; its finished parts stay."""
+    """A job that stopped because too many of its rows failed; its finished parts stay.
+
+    Example: a job stops with it, and may go on under another limit.
+        >>> raise JobError("5 of 100 rows failed, and max_errors is 4")
+        Traceback (most recent call last):
+        ...
+        daskllm.types.JobError: 5 of 100 rows failed, and max_errors is 4
+    """
 
 
 class RowError(DaskLLMError):
-    """One row cannot be answered; its message becomes the row's error and its neighbours go on."""
+    """One row cannot be answered; its message becomes the row's error and its neighbours go on.
+
+    Example: a table keeps it as text; the calls for a single text raise it.
+        >>> import daskllm
+        >>> from daskllm import demo
+        >>> daskllm.generate_text("", demo.model_path())
+        Traceback (most recent call last):
+        ...
+        daskllm.types.RowError: prompt is empty
+    """
 
 
 Prompt: TypeAlias = "str | Sequence[int] | Sequence[Message] | RowError"

@@ -25,6 +25,12 @@ class Place:
 
     Raises:
         ValueError: fsspec does not know the URL's protocol, or lacks a package for it.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as path:
+        ...     Place(path).spaces()
+        []
     """
 
     def __init__(self, where: str) -> None:

@@ -108,6 +108,15 @@ class Answers:
         limit: bytes that all spaces of the place may take; the oldest files go first.
 
     Threads may share it.
+
+    Example:
+        >>> import tempfile
+        >>> from daskllm.types import Completion
+        >>> with tempfile.TemporaryDirectory() as path:
+        ...     kept = Answers(path, "a model's space")
+        ...     kept.put({key_of([1, 2]): [Completion("yes", (7,), "stop", 2, 1)]})
+        ...     kept.get([key_of([1, 2])])[key_of([1, 2])][0].text
+        'yes'
     """
 
     def __init__(self, place: str, space: str, limit: int = LIMIT) -> None:

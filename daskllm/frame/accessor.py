@@ -71,6 +71,19 @@ class _Accessor(Generic[Table]):
             KeyError: a column or template field that is not there.
             ValueError: a value out of its range, a template that is none, an output column that is there.
             TypeError: an unknown argument, or one of the wrong type.
+
+        Example:
+            >>> import daskllm
+            >>> from daskllm import demo
+            >>> llm = daskllm.load(demo.model_path())
+            >>> import pandas as pd
+            >>> table = pd.DataFrame({"a": [1, None, 3]}, index=list("xyz"))
+            >>> answered = table.llm.generate(llm, "Calculate {a}", output="b", max_tokens=2)
+            >>> answered[["b_finish_reason", "b_error"]]
+              b_finish_reason             b_error
+            x            stop                 NaN
+            y           error  column 'a' is null
+            z            stop                 NaN
         """
         call = call_over(
             self._table.columns,
@@ -105,6 +118,15 @@ class _Accessor(Generic[Table]):
 
         The rest is as for `generate`. Dask turns object columns into text unless
         ``dataframe.convert-string`` is off; message lists need it off (those read from Parquet do not).
+
+        Example:
+            >>> import daskllm
+            >>> from daskllm import demo
+            >>> llm = daskllm.load(demo.model_path())
+            >>> import pandas as pd
+            >>> table = pd.DataFrame({"a": [770, 12], "b": [951, 30]})
+            >>> table.llm.chat(llm, "Calculate {a} + {b}.", output="sum", max_tokens=8)["sum"].tolist()
+            ['1721', '42']
         """
         call = call_over(
             self._table.columns,
@@ -129,6 +151,16 @@ class _Accessor(Generic[Table]):
         Returns:
             The columns ``{output}`` (float64: natural log-probability of the text, NaN on error),
             ``{output}_tokens`` (int64) and ``{output}_error`` (str).
+
+        Example:
+            >>> import daskllm
+            >>> from daskllm import demo
+            >>> llm = daskllm.load(demo.model_path())
+            >>> import pandas as pd
+            >>> table = pd.DataFrame({"text": ["Her brother sees ten cars.", "cars ten sees brother Her."]})
+            >>> scored = table.llm.score(llm, "text")
+            >>> bool(scored["score"][0] > scored["score"][1])
+            True
         """
         call = call_over(self._table.columns, llm, "score", text, output=output, sampling={})
         return ask_table(self._table, llm, call)
@@ -154,6 +186,15 @@ class _Accessor(Generic[Table]):
             ``{output}_tokens`` (int64) and ``{output}_error`` (str).
 
         Raises: as `generate`.
+
+        Example:
+            >>> import daskllm
+            >>> from daskllm import demo
+            >>> llm = daskllm.load(demo.model_path())
+            >>> import dask.dataframe as dd
+            >>> table = dd.from_pandas(demo.table(), npartitions=2)
+            >>> table.llm.embed(llm, "prompt")["embedding"].head(1)[0].shape
+            (128,)
         """
         call = call_over(
             self._table.columns,
@@ -195,6 +236,14 @@ class _Accessor(Generic[Table]):
             A table on the screen and in a notebook; ``to_dict()`` is for programs.
 
         Raises: as `generate`; ValueError also for a table with no answers to come, or with several.
+
+        Example:
+            >>> import daskllm
+            >>> from daskllm import demo
+            >>> llm = daskllm.load(demo.model_path())
+            >>> found = demo.table().llm.explain(llm, "prompt", "chat", max_tokens=64, seconds=0)
+            >>> found.rows, round(found.prompt_tokens), found.most_output_tokens
+            (200, 6608, 12800.0)
         """
         return explain_table(self._table, llm, prompt, kind, full, seconds, asked)
 
@@ -255,6 +304,20 @@ class DaskAccessor(_Accessor[dd.DataFrame]):
                 answers; an argument out of its range.
             JobError, RowError: too many rows failed, or one with ``on_error="raise"``.
             OSError: a part cannot be written. After any of these what was finished stays.
+
+        Example:
+            >>> import daskllm
+            >>> from daskllm import demo
+            >>> llm = daskllm.load(demo.model_path())
+            >>> import tempfile, dask.dataframe as dd
+            >>> table = dd.from_pandas(demo.table().head(20), npartitions=2)
+            >>> out = table.llm.chat(llm, "prompt", max_tokens=64)
+            >>> with tempfile.TemporaryDirectory() as path:
+            ...     first = out.llm.to_parquet(path)
+            ...     again = out.llm.to_parquet(path)
+            ...     right = demo.share_right(dd.read_parquet(path).compute())
+            >>> first.rows, first.written, again.written, right
+            (20, 2, 0, 0.95)
         """
         client = client_for(None)
         job = prepare(
@@ -280,6 +343,17 @@ class DaskAccessor(_Accessor[dd.DataFrame]):
 
         Args:
             options: of `to_parquet`, but for ``encryption_key``, ``compression`` and ``retry_errors``.
+
+        Example:
+            >>> import daskllm
+            >>> from daskllm import demo
+            >>> llm = daskllm.load(demo.model_path())
+            >>> import tempfile, dask.dataframe as dd
+            >>> table = dd.from_pandas(demo.table().head(4), npartitions=1)
+            >>> out = table.llm.chat(llm, "prompt", max_tokens=64)
+            >>> with tempfile.TemporaryDirectory() as path:
+            ...     out.llm.to_json(path).rows
+            4
         """
         return self._to_text("jsonl", path, resume, **options)
 
@@ -290,6 +364,17 @@ class DaskAccessor(_Accessor[dd.DataFrame]):
 
         Args:
             options: as for `to_json`.
+
+        Example:
+            >>> import daskllm
+            >>> from daskllm import demo
+            >>> llm = daskllm.load(demo.model_path())
+            >>> import tempfile, dask.dataframe as dd
+            >>> table = dd.from_pandas(demo.table().head(4), npartitions=1)
+            >>> out = table.llm.chat(llm, "prompt", max_tokens=64)
+            >>> with tempfile.TemporaryDirectory() as path:
+            ...     out.llm.to_csv(path).rows
+            4
         """
         return self._to_text("csv", path, resume, **options)
 
@@ -311,6 +396,18 @@ class DaskAccessor(_Accessor[dd.DataFrame]):
 
         Raises:
             ValueError: a job of that name is running; otherwise as `to_parquet`, where that can be told now.
+
+        Example:
+            >>> import daskllm
+            >>> from daskllm import demo
+            >>> llm = daskllm.load(demo.model_path())
+            >>> import tempfile, dask.dataframe as dd
+            >>> table = dd.from_pandas(demo.table().head(4), npartitions=1)
+            >>> out = table.llm.chat(llm, "prompt", max_tokens=64)
+            >>> with tempfile.TemporaryDirectory() as path:
+            ...     job = out.llm.submit(path, name="four rows")
+            ...     job.result().rows, job.status(), job.progress().rows
+            (4, 'finished', 4)
         """
         return submit(self._table, path, client_for(None), name, priority, **options)
 

@@ -31,6 +31,10 @@ class Device:
 
     Raises:
         ValueError: a number out of its range; no memory reported.
+
+    Example:
+        >>> Device("gpu-0", memory=80e9, flops=9e14, bandwidth=3e12, resources={"GPU": 1}).offers({"GPU": 1})
+        True
     """
 
     name: str
@@ -62,7 +66,12 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A way for bytes from one device to another: seconds per message, bytes per second."""
+    """A way for bytes from one device to another: seconds per message, bytes per second.
+
+    Example:
+        >>> Link(latency=0.001, bandwidth=1e6).seconds(2000)
+        0.003
+    """
 
     latency: float = 0.0
     bandwidth: float = math.inf
@@ -90,6 +99,11 @@ class Cluster:
 
     Raises:
         ValueError: no device, two of one name, a link to an unknown one, an unknown way of transfer.
+
+    Example:
+        >>> machines = Cluster((Device("a", memory=8), Device("b", memory=16)), Link(latency=1.0))
+        >>> machines.between("a", "b").latency, [d.name for d in machines.subset("b").devices]
+        (1.0, ['b'])
     """
 
     devices: tuple[Device, ...]
@@ -149,6 +163,10 @@ class Workload:
         all_logits: every token's logits are wanted (scoring).
         return_bytes: per row, from the last stage back to the first (its token id).
         total_tokens: new tokens of the whole job, which loading is weighed against; None: no end.
+
+    Example:
+        >>> Workload(rows=64, context=512).step(2).rows
+        32.0
     """
 
     rows: float = 1

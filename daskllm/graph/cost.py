@@ -88,7 +88,13 @@ def settle(goal: Objective | Kind, workload: Workload, stages: int) -> tuple[Obj
 
 @dataclass(frozen=True, slots=True)
 class Loads:
-    """Seconds of one micro-batch: in each stage, over the link after each but the last, on the way back."""
+    """Seconds of one micro-batch: in each stage, over the link after each but the last, on the way back.
+
+    Example:
+        >>> loads = Loads((2.0, 3.0), (1.0,))
+        >>> loads.total, loads.largest
+        (6.0, 3.0)
+    """
 
     stages: tuple[float, ...]
     links: tuple[float, ...] = ()
@@ -107,7 +113,12 @@ class Loads:
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """Bytes that a stage needs on its device."""
+    """Bytes that a stage needs on its device.
+
+    Example:
+        >>> MemoryUse(weights=100.0, kv=20.0, activations=3.0).total
+        123.0
+    """
 
     weights: float
     kv: float
@@ -127,6 +138,15 @@ class CostModel:
 
     Args:
         micro_batches: into how many the workload's rows are cut.
+
+    Example:
+        >>> from daskllm.graph import Cluster, LayerGraph, Node, Workload
+        >>> graph = LayerGraph.chain([Node("a", weight_bytes=4, seconds=1.0), Node("b", seconds=2.0)])
+        >>> costs = CostModel(graph, Cluster.of(2, memory=8), Workload())
+        >>> costs.names(costs.all), costs.memory(costs.mask(["a"])).total
+        (('a', 'b'), 4.0)
+        >>> costs.loads([(costs.mask(["a"]), 0), (costs.mask(["b"]), 1)]).stages
+        (1.0, 2.0)
     """
 
     def __init__(

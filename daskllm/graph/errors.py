@@ -15,7 +15,16 @@ __all__ = ["PlanError", "explain_impossible"]
 
 
 class PlanError(DaskLLMError):
-    """No plan fits, or a plan written by hand does not; the message says what does not fit where."""
+    """No plan fits, or a plan written by hand does not; the message says what does not fit where.
+
+    Example:
+        >>> from daskllm.graph import Cluster, LayerGraph, Node, make_plan
+        >>> try:
+        ...     make_plan(LayerGraph([Node("a", weight_bytes=2048)]), Cluster.of(1, memory=1024))
+        ... except PlanError as error:
+        ...     print("layer 'a'" in str(error), "2 KiB" in str(error))
+        True True
+    """
 
 
 def explain_impossible(costs: CostModel, method: str, stages: int | None = None) -> PlanError:

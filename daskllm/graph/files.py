@@ -31,6 +31,12 @@ class GraphFile:
     Attributes:
         devices: the most accelerators that it allows, None where it does not say.
         memory: bytes of each accelerator, ``math.inf`` where it does not say.
+
+    Example:
+        >>> from daskllm.graph import Node
+        >>> found = GraphFile(LayerGraph([Node("a")]), devices=2, memory=1024.0)
+        >>> [device.memory for device in found.cluster().devices], len(found.cluster(3).devices)
+        ([1024.0, 1024.0], 3)
     """
 
     graph: LayerGraph
@@ -53,6 +59,15 @@ def read_graph(path: str | PathLike[str]) -> GraphFile:
         OSError: it cannot be read.
         ValueError: it is not such a file, a time or size is missing or negative, an edge leads nowhere,
             the graph has a cycle, or a node cannot run on an accelerator; the message names the file.
+
+    Example:
+        >>> import tempfile
+        >>> from daskllm.graph import Node
+        >>> graph = LayerGraph.chain([Node("a"), Node("b")])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "graph.json").write_text(graph.to_json())
+        ...     read_graph(f"{folder}/graph.json").graph == graph
+        True
     """
     text = Path(path).read_text(encoding="utf-8")
     try:

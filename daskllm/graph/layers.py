@@ -47,6 +47,21 @@ class LayerGraph:
         Traceback (most recent call last):
         ...
         ValueError: the graph has a cycle: a -> b -> a
+
+    The other ways to look at one:
+        >>> graph.node("b").weight_bytes, graph.predecessors("b"), [n.name for n in graph.order]
+        (0, ('a',), ['a', 'b', 'c'])
+        >>> graph.total("weight_bytes"), [graph.edge_bytes(edge) for edge in graph.edges]
+        (0.0, [0, 0])
+        >>> print(graph.mermaid())
+        flowchart TD
+            n0["a<br/>op"]
+            n1["b<br/>op"]
+            n2["c<br/>op"]
+            n0 --> n1
+            n0 --> n2
+        >>> len(graph.picture().boxes), LayerGraph.from_json(graph.to_json()) == graph.open_all() == graph
+        (3, True)
     """
 
     nodes: tuple[Node, ...]
@@ -112,6 +127,14 @@ class LayerGraph:
 
         Raises:
             ValueError: unknown dtype or quantisation, or ``shards`` below 1.
+
+        Example:
+            >>> from daskllm import demo
+            >>> from daskllm.checkpoint import open_checkpoint
+            >>> from daskllm.models import describe
+            >>> graph = LayerGraph.of(describe(open_checkpoint(demo.model_path()).config), dtype="bfloat16")
+            >>> len(graph.nodes), len(graph.open_all().nodes)
+            (6, 47)
         """
         inside = decoder_opening(
             config,
@@ -206,6 +229,11 @@ class LayerGraph:
         """The graph opened as far as it has to be to have nodes of these names; as it is where it has them.
 
         Names that are nowhere are left to the caller.
+
+        Example:
+            >>> inside = Opening((Node("a.1"), Node("a.2")), (Edge("a.1", "a.2"),), ("a.1",), ("a.2",))
+            >>> [n.name for n in LayerGraph([Node("a", inside=inside)]).reach(["a.2"]).nodes]
+            ['a.1', 'a.2']
         """
         graph, wanted = self, set(names)
         while True:
@@ -231,7 +259,15 @@ class LayerGraph:
         return self._by_name[edge.source].output_bytes if edge.bytes is None else edge.bytes
 
     def table(self) -> str:
-        """The nodes as a text table, in topological order."""
+        """The nodes as a text table, in topological order.
+
+        Example:
+            >>> print(LayerGraph.chain([Node("a", weight_bytes=2048), Node("b", "relu")]).table())
+            layer  kind  weights  FLOPs/token  KV/token  out/token  from
+            -----  ----  -------  -----------  --------  ---------  ----
+            a      op      2 KiB            0       0 B        0 B
+            b      relu      0 B            0       0 B        0 B  a
+        """
         head = ("layer", "kind", "weights", "FLOPs/token", "KV/token", "out/token", "from")
         rows = [
             (
@@ -246,6 +282,10 @@ class LayerGraph:
             for n in self.order
         ]
         return draw.table(head, rows)
+
+    def __repr__(self) -> str:
+        weights = draw.size(show.weight_bytes(self))
+        return f"<LayerGraph {self.name}: {len(self.nodes)} nodes, {weights} of weights>"
 
     def _repr_html_(self) -> str:
         return show.graph_html(self)
@@ -299,6 +339,12 @@ class LayerGraph:
 
         Raises:
             ValueError: another ending; the message lists those that work.
+
+        Example:
+            >>> print(LayerGraph([Node("a")]).visualize())
+            layer  kind  weights  FLOPs/token  KV/token  out/token  from
+            -----  ----  -------  -----------  --------  ---------  ----
+            a      op        0 B            0       0 B        0 B
         """
         drawing = draw.Drawing(self.picture(), self.table(), self.to_json())
         if path is not None:

@@ -46,6 +46,10 @@ class Step:
         tokens: new tokens of each row (1 while decoding, the prompt's length in a prefill).
         context: positions of each row after the step, its new tokens included.
         all_logits: whether every token needs its logits (scoring) or each row's last alone.
+
+    Example:
+        >>> Step(rows=8, context=100).tokens
+        1
     """
 
     rows: float = 1.0
@@ -168,6 +172,10 @@ class Edge:
 
     Attributes:
         bytes: per token, when the edge carries other than the whole result of its source.
+
+    Example:
+        >>> Edge("attention", "mlp", bytes=512).target
+        'mlp'
     """
 
     source: str
@@ -186,6 +194,11 @@ class Opening:
     Attributes:
         entries: nodes that receive what the outer node received.
         exits: nodes whose results are the outer node's.
+
+    Example:
+        >>> inside = Opening((Node("a.1"), Node("a.2")), (Edge("a.1", "a.2"),), ("a.1",), ("a.2",))
+        >>> len(Node("a", inside=inside).inside.nodes)
+        2
     """
 
     nodes: tuple[Node, ...]

@@ -42,6 +42,13 @@ def schedule(problem: Problem, method: str = "greedy", *, seed: int = 0) -> Sche
     Raises:
         ValueError: unknown method.
         PlanError: no schedule was found that fits.
+
+    Example:
+        >>> from daskllm.graph import Machine, Task
+        >>> tasks = [Task(name, (time, time)) for name, time in zip("abcde", (3.0, 3.0, 2.0, 2.0, 2.0))]
+        >>> problem = Problem(tasks, [Machine("x"), Machine("y")], {})
+        >>> [schedule(problem, method).makespan for method in ("greedy", "optimal")]
+        [7.0, 6.0]
     """
     _check(method)
     if method == "genetic":
@@ -59,6 +66,14 @@ def place(found: Split, method: str = "greedy", *, seed: int = 0) -> Split:
 
     Raises:
         ValueError: unknown method.
+
+    Example:
+        >>> from daskllm.graph import Cluster, CostModel, Device, LayerGraph, Node, Objective, Workload, split
+        >>> graph = LayerGraph.chain([Node("a", seconds=1.0), Node("b", seconds=4.0)])
+        >>> machines = Cluster((Device("slow", memory=1), Device("fast", memory=1, speed=2.0)))
+        >>> found = split(CostModel(graph, machines, Workload()), Objective(), "greedy", stages=2)
+        >>> dict(place(found, "optimal").stages)["fast"]
+        ('b',)
     """
     _check(method)
     if method == "optimal":

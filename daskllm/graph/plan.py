@@ -31,6 +31,11 @@ class Stage:
         seconds: predicted, of one micro-batch.
         link_seconds: predicted, of the message to the next stage; 0 for the last.
         memory: bytes needed, of ``capacity``.
+
+    Example: of a plan, ``plan.replicas[0].stages[0]``.
+        >>> use = MemoryUse(weights=6, kv=0, activations=0)
+        >>> Stage("cpu-0", ("a", "b"), seconds=2.0, link_seconds=0.1, memory=use, capacity=12).memory.total
+        6
     """
 
     device: str
@@ -48,6 +53,13 @@ class Replica:
     Attributes:
         micro_batches: in flight together.
         value: the plan's objective for this replica, in seconds.
+
+    Example:
+        >>> use = MemoryUse(weights=6, kv=0, activations=0)
+        >>> first, second = (Stage(d, (d.upper(),), t, 0.1, use, 12) for d, t in (("a", 2.0), ("b", 3.0)))
+        >>> replica = Replica((first, second), micro_batches=2, value=3.0)
+        >>> replica.bottleneck, replica.slowest, replica.layers
+        (3.0, 'stage 1 on b', ('A', 'B'))
     """
 
     stages: tuple[Stage, ...]
@@ -76,7 +88,12 @@ class Replica:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What one stage of one replica did in a run: seconds computing and idle, micro-batches passed."""
+    """What one stage of one replica did in a run: seconds computing and idle, micro-batches passed.
+
+    Example:
+        >>> Measured(replica=0, stage=1, busy=4.0, waiting=1.0, passes=100).passes
+        100
+    """
 
     replica: int
     stage: int
@@ -94,6 +111,27 @@ class Plan:
         bound: no plan for one replica on its devices has a lower value; 0 where unknown.
         notes: what the planner wants a reader to know.
         measured: after a run.
+
+    Example:
+        >>> from daskllm.graph import Cluster, Node, make_plan
+        >>> graph = LayerGraph.chain([Node(n, weight_bytes=6, seconds=1.0) for n in "abc"])
+        >>> machines = Cluster.of(2, memory=12)
+        >>> plan = make_plan(graph, machines)
+        >>> plan.assignment, plan.placement
+        ([[('device-0', ['a', 'b']), ('device-1', ['c'])]], {'device-0': ('a', 'b'), 'device-1': ('c',)})
+        >>> plan.value, plan.bottleneck, plan.tokens_per_second, round(plan.imbalance(), 3)
+        (2.0, 2.0, 0.25, 0.333)
+        >>> print(plan.summary().partition(", bottleneck")[0])
+        model: 1 replica(s) of 2 stage(s); period 2 s
+        >>> plan.simulate(graph, machines)[0].period
+        2.0
+        >>> ran = plan.with_measured([Measured(0, 0, busy=4.2, waiting=0.0, passes=2)])
+        >>> "2100" in ran.explain()  # milliseconds
+        True
+        >>> Plan.from_json(plan.to_json()) == plan, len(plan.picture().boxes)
+        (True, 2)
+        >>> plan.visualize().text == plan.explain()
+        True
     """
 
     graph: str
@@ -251,6 +289,9 @@ class Plan:
 
     def __str__(self) -> str:
         return self.explain()
+
+    def __repr__(self) -> str:
+        return f"<Plan {self.summary()}>"
 
     def _repr_html_(self) -> str:
         return show.plan_html(self)

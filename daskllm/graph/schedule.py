@@ -38,6 +38,10 @@ class Task:
         priority: larger goes first.
         resources: labels, with amounts, that its machine must offer.
         memory: bytes that stay on its machine.
+
+    Example:
+        >>> Task("a", (2.0, math.inf)).seconds[0]  # on the first of two machines, and nowhere else
+        2.0
     """
 
     name: str
@@ -49,7 +53,12 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Runs one task at a time, holds ``memory`` bytes, offers labels with amounts."""
+    """Runs one task at a time, holds ``memory`` bytes, offers labels with amounts.
+
+    Example:
+        >>> Machine("gpu-0", memory=80e9, resources={"GPU": 1}).name
+        'gpu-0'
+    """
 
     name: str
     memory: float = math.inf
@@ -76,6 +85,12 @@ class Problem:
 
     Raises:
         ValueError: an unknown name, a cycle, a negative time, or times for another number of machines.
+
+    Example:
+        >>> tasks = [Task("a", (2.0, 4.0)), Task("b", (3.0, 1.0))]
+        >>> problem = Problem(tasks, [Machine("x"), Machine("y")], {("a", "b"): 1.0})
+        >>> greedy(problem).makespan  # a on x, 1 s to y, b there
+        4.0
     """
 
     tasks: tuple[Task, ...]
@@ -210,6 +225,13 @@ class Schedule:
         cost: finishing times by priority; see `Cost`.
         bound: no schedule ends before this.
         proven: whether no schedule has a lower cost.
+
+    Example:
+        >>> problem = Problem([Task("a", (2.0,)), Task("b", (3.0,))], [Machine("x")], {("a", "b"): 0.0})
+        >>> found = greedy(problem)
+        >>> found.check(problem)  # raises what is wrong with one
+        >>> [(p.task, p.start, p.finish) for p in found.placed], found.makespan
+        ([('a', 0.0, 2.0), ('b', 2.0, 5.0)], 5.0)
     """
 
     placed: tuple[Placed, ...]

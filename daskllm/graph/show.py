@@ -86,10 +86,15 @@ def plan_html(plan: Plan) -> markup.HTML:
     predicted = [max(s.seconds, s.link_seconds) for r in plan.replicas for s in r.stages]
     measured = [m.busy / m.passes for m in plan.measured if m.passes]
     slowest = max([*predicted, *measured]) or 1.0
-    head = ["replica", "stage", "device", "layers", "memory", "predicted", "link"]
+    several = len(plan.replicas) > 1
+    head = [*(["replica"] if several else []), "stage", "device", "layers", "memory", "predicted"]
     head += ["measured", "passes"] if seen else []
     rows = [
-        [i, j, *_cells(stage, slowest), *(_measured(seen.get((i, j)), slowest) if seen else [])]
+        [
+            *([i] if several else []),
+            *(j, *_cells(stage, slowest)),
+            *(_measured(seen.get((i, j)), slowest) if seen else []),
+        ]
         for i, replica in enumerate(plan.replicas)
         for j, stage in enumerate(replica.stages)
     ]
@@ -109,9 +114,9 @@ def _cells(stage: Stage, slowest: float) -> list[object]:
     use = stage.memory
     room = 0.0 if stage.capacity == float("inf") else use.total / stage.capacity
     held = f"{draw.size(use.weights)} + {draw.size(use.kv)} KV of {draw.size(stage.capacity)}"
-    time = markup.bar(stage.seconds / slowest, _ms(stage.seconds)) if stage.seconds else "unknown"
-    link = _ms(stage.link_seconds) if stage.link_seconds else ""
-    return [stage.device, draw.layer_range(stage.layers), markup.bar(room, held, 1), time, link]
+    link = f" + link {_ms(stage.link_seconds)}" if stage.link_seconds else ""
+    time = markup.bar(stage.seconds / slowest, _ms(stage.seconds) + link) if stage.seconds else "unknown"
+    return [stage.device, draw.layer_range(stage.layers), markup.bar(room, held, 1), time]
 
 
 def _measured(found: Measured | None, slowest: float) -> list[object]:

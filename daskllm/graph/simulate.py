@@ -92,6 +92,10 @@ class Simulated:
         latency: of the first micro-batch through all stages.
         stages: busy seconds of each stage's device.
         links: busy seconds of each link after a stage but the last.
+
+    Example:
+        >>> Simulated(seconds=10.0, period=2.0, latency=3.0, stages=(9.0, 4.0), links=(0.5,)).waiting
+        (1.0, 6.0)
     """
 
     seconds: float
@@ -203,6 +207,13 @@ def simulate_batch(
     Args:
         stages: (device, names of its nodes) for each stage, in order.
         step: one micro-batch's pass.
+
+    Example:
+        >>> from daskllm.graph import Node
+        >>> graph = LayerGraph.chain([Node("a", seconds=1.0), Node("b", seconds=2.0)])
+        >>> stages = [("device-0", ["a"]), ("device-1", ["b"])]
+        >>> simulate_batch(graph, Cluster.of(2, memory=1), stages, Step(), 3).seconds  # 1 + 3 * 2
+        7.0
     """
     pipeline = _Pipeline(graph, cluster, stages, step)
     ends: list[float] = []
@@ -226,6 +237,13 @@ def simulate_loop(
 
     Args:
         return_bytes: of one micro-batch, from the last stage back to the first before it goes round again.
+
+    Example:
+        >>> from daskllm.graph import Node
+        >>> graph = LayerGraph.chain([Node("a", seconds=1.0), Node("b", seconds=2.0)])
+        >>> stages = [("device-0", ["a"]), ("device-1", ["b"])]
+        >>> simulate_loop(graph, Cluster.of(2, memory=1), stages, Step(), 2).period  # the slower stage's time
+        2.0
     """
     pipeline = _Pipeline(graph, cluster, stages, step)
     clock, back = pipeline.clock, _Server(pipeline.clock)

@@ -27,6 +27,13 @@ class Split:
     Attributes:
         costs: of the graph that was cut, which the recursive splitter may have opened further.
         cut: (set of nodes, device number) for each stage, in order.
+
+    Example:
+        >>> from daskllm.graph import Cluster, LayerGraph, Node, Workload
+        >>> graph = LayerGraph.chain([Node(n, seconds=1.0) for n in "abcd"])
+        >>> found = split(CostModel(graph, Cluster.of(2, memory=1), Workload()), Objective())
+        >>> found.stages, found.value
+        ((('device-0', ('a', 'b')), ('device-1', ('c', 'd'))), 2.0)
     """
 
     costs: CostModel
@@ -58,6 +65,13 @@ def split(costs: CostModel, objective: Objective, method: str = "exact", stages:
     Raises:
         ValueError: unknown method; more stages than nodes or devices.
         PlanError: nothing fits, or the instance is too large for an exact search.
+
+    Example:
+        >>> from daskllm.graph import Cluster, LayerGraph, Node, Workload
+        >>> graph = LayerGraph.chain([Node(n, seconds=1.0) for n in "abc"])
+        >>> costs = CostModel(graph, Cluster.of(3, memory=1), Workload())
+        >>> [len(split(costs, Objective(), method, stages=3).stages) for method in SPLITTERS]
+        [3, 3, 3]
     """
     if method not in SPLITTERS:
         raise ValueError(f"splitter must be one of {', '.join(SPLITTERS)}, not {method!r}")
@@ -104,7 +118,14 @@ def _exact(costs: CostModel, objective: Objective, stages: int | None) -> Split:
 
 
 def lower_bound(costs: CostModel, objective: Objective) -> float:
-    """A time that no plan on these devices goes below: nothing travels, each node on its fastest device."""
+    """A time that no plan on these devices goes below: nothing travels, each node on its fastest device.
+
+    Example:
+        >>> from daskllm.graph import Cluster, LayerGraph, Node, Workload
+        >>> graph = LayerGraph.chain([Node(n, seconds=1.0) for n in "abc"])
+        >>> lower_bound(CostModel(graph, Cluster.of(2, memory=1), Workload()), Objective())
+        1.5
+    """
     devices = range(len(costs.cluster.devices))
     times = [
         min((costs.seconds[d][i] for d in devices if costs.allowed(i, d)), default=0.0)

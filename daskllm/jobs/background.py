@@ -49,6 +49,10 @@ class BackgroundJob(Protocol):
 
     Attributes:
         name, path, priority: as it was submitted.
+
+    Example: see ``out.llm.submit``, whose result is one.
+        >>> submit.__annotations__["return"]  # with status(), progress(), cancel() and result()
+        'BackgroundJob'
     """
 
     name: str
@@ -97,6 +101,20 @@ def submit(
     Raises:
         ValueError: a job of that name is running, or as `prepare` has it.
         TypeError: ``name`` is no text, ``priority`` no integer.
+
+    Example:
+        >>> import daskllm
+        >>> from daskllm import demo
+        >>> llm = daskllm.load(demo.model_path())
+        >>> import tempfile, dask.dataframe as dd
+        >>> table = dd.from_pandas(demo.table().head(4), npartitions=1)
+        >>> out = table.llm.chat(llm, "prompt", max_tokens=64)
+        >>> with tempfile.TemporaryDirectory() as path:
+        ...     job = submit(out, path, None, name="small")
+        ...     job.result().rows
+        4
+        >>> find("small").status(), "small" in names()
+        ('finished', True)
     """
     name = uuid.uuid4().hex[:8] if name is None else name
     if not isinstance(name, str) or not name:
@@ -121,6 +139,13 @@ def find(name: str, client: Client | None = None) -> BackgroundJob:
 
     Raises:
         KeyError: there is none.
+
+    Example:
+        >>> try:
+        ...     find("nobody")
+        ... except KeyError as error:
+        ...     print("no job is named 'nobody'" in str(error))
+        True
     """
     job = _find(name, client)
     if job is None:
@@ -138,7 +163,12 @@ def _find(name: str, client: Client | None) -> BackgroundJob | None:
 
 
 def names(client: Client | None = None) -> list[str]:
-    """The names of all jobs that the cluster, or this process, has heard of."""
+    """The names of all jobs that the cluster, or this process, has heard of.
+
+    Example:
+        >>> isinstance(names(), list)
+        True
+    """
     if client is None:
         return sorted(_here)
     names = (name for name in client.list_datasets() if isinstance(name, str))
@@ -146,7 +176,14 @@ def names(client: Client | None = None) -> list[str]:
 
 
 def queue(client: Client) -> dict[int, dict[str, int]]:
-    """For each priority how many tasks of rows wait and how many run, of all jobs of a cluster."""
+    """For each priority how many tasks of rows wait and how many run, of all jobs of a cluster.
+
+    Example: ``{-1: {"running": 4, "waiting": 96}}`` while a job of priority -1 runs.
+        >>> from distributed import Client
+        >>> with Client(processes=False, n_workers=1, dashboard_address=None) as client:
+        ...     queue(client)
+        {}
+    """
     found: dict[int, dict[str, int]] = client.run_on_scheduler(_queued)
     return found
 

@@ -49,6 +49,13 @@ class Directory:
     Raises:
         TypeError: neither of these.
         ValueError: fsspec does not know the URL's protocol, or lacks a package for it.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as path:
+        ...     place = Directory(path)
+        ...     place.entries()
+        {}
     """
 
     def __init__(self, where: str | os.PathLike[str]) -> None:

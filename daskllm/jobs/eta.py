@@ -46,6 +46,10 @@ class State:
         seconds: since its first event.
         share: of the work that is done, 0 to 1; None before that can be told.
         eta: seconds that are left; None before that can be told.
+
+    Example:
+        >>> print(State(50, 100, 1, 0, 10, 20, 30.0, 2.0, 0.5, 75.0))
+        50 of 100 rows (50%), 20 tokens, 30 tokens/s, 1 errors, 1 min 15 s left
     """
 
     rows: int = 0
@@ -96,6 +100,12 @@ class Eta:
         params: of its call; None where nothing is generated.
         rows: that it has, where that is known beforehand.
         partitions: that it has, from which the rows are told otherwise.
+
+    Example:
+        >>> eta = Eta(SamplingParams(max_tokens=10), rows=100)
+        >>> eta.take(Increment(rows=25, prompt_tokens=250, output_tokens=250, task="first"))
+        >>> eta.state().rows, eta.state().total_rows
+        (25, 100)
     """
 
     def __init__(

@@ -68,6 +68,15 @@ def explain(
 
     Raises:
         ValueError: ``seconds`` is negative.
+
+    Example:
+        >>> import daskllm
+        >>> from daskllm import demo
+        >>> from daskllm.types import SamplingParams
+        >>> llm = daskllm.load(demo.model_path())
+        >>> call = Call(spec=llm.spec, kind="embed", labels=("prompt",), params=SamplingParams())
+        >>> explain(demo.table(), call, seconds=0).rows
+        200
     """
     if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not seconds >= 0:
         raise ValueError(f"seconds must be a number of at least 0, not {seconds!r}")

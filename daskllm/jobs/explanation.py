@@ -35,6 +35,16 @@ class Explanation:
         tried: rows that the model really answered to tell the time.
         seconds: what the job would take; None where nothing was tried.
         plan: which layers are where; None where that cannot be told from here.
+
+    Example:
+        >>> import daskllm
+        >>> from daskllm import demo
+        >>> llm = daskllm.load(demo.model_path())
+        >>> found = demo.table().llm.explain(llm, "prompt", "chat", seconds=0)
+        >>> print(str(found).splitlines()[1])
+        rows             200 in 1 partitions
+        >>> found.to_dict()["duplicates"]
+        0
     """
 
     model: str

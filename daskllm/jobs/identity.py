@@ -190,6 +190,12 @@ def stat_input(path: str | os.PathLike[str]) -> Input:
 
     Raises:
         OSError: it is not there.
+
+    Example:
+        >>> from daskllm import demo
+        >>> path, size, modified = stat_input(demo.model_path() / "config.json")
+        >>> path.endswith("config.json") and size > 0
+        True
     """
     stat = os.stat(path)
     return os.path.abspath(path), stat.st_size, stat.st_mtime_ns

@@ -49,6 +49,10 @@ class Job:
         limit: the most rows that may fail.
         retry: ask the failed rows of finished parts again.
         stale: files in the directory that are to go: another job's parts.
+
+    Example: `prepare` makes one, `run` takes it; ``left`` are the parts between.
+        >>> sorted(name for name in vars(Job) if name in ("left", "failed"))
+        ['failed', 'left']
     """
 
     expr: Expr
@@ -109,6 +113,16 @@ def prepare(
         ValueError: the directory holds something else, or another job; the message says what differs.
         TypeError, ValueError: an argument that is none, or a table without answers.
         OSError: the directory cannot be read.
+
+    Example:
+        >>> import daskllm
+        >>> from daskllm import demo
+        >>> llm = daskllm.load(demo.model_path())
+        >>> import tempfile, dask.dataframe as dd
+        >>> out = dd.from_pandas(demo.table(), npartitions=3).llm.chat(llm, "prompt", max_tokens=64)
+        >>> with tempfile.TemporaryDirectory() as path:
+        ...     prepare(out, path, client=None).left  # the parts to be made; `run` makes them
+        [0, 1, 2]
     """
     check_on_error(on_error)
     limit = Limit(max_errors)

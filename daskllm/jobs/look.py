@@ -51,6 +51,12 @@ def look(
     Raises:
         ValueError: the directory holds something else, or another job; the message says what differs.
         OSError: it cannot be made, read or written.
+
+    Example:
+        >>> import tempfile, daskllm
+        >>> with tempfile.TemporaryDirectory() as path:
+        ...     look(f"{path}/new", None, lambda columns: None) is None  # nothing is there yet
+        True
     """
     directory = Directory(path)
     entries = directory.entries()

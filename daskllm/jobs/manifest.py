@@ -39,6 +39,11 @@ class Part:
         errors: rows that failed, dropped ones included.
         prompt_tokens, out_tokens: read and generated.
         why: what the first of its failed rows says.
+
+    Example:
+        >>> part = Part(0, "part.00000-1a2b.parquet", 2048, "", "", 100, 1, 4000, 700, why="prompt is empty")
+        >>> part.rows - part.errors
+        99
     """
 
     number: int
@@ -94,6 +99,12 @@ class Manifest:
         finished: whether all of its parts were done.
         seconds: that were spent on it.
         done: its finished parts by number.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as path:
+        ...     Manifest.read(Directory(path)) is None  # no job has begun there
+        True
     """
 
     description: Description

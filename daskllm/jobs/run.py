@@ -52,6 +52,11 @@ class Summary:
         prompt_tokens, out_tokens: read and generated for the rows of all parts.
         seconds: that this run took.
         new_tokens: generated for the parts that this run made.
+
+    Example:
+        >>> done = Summary("out", 2, 2, 200, 1, 4000, 1400, seconds=2.0, new_tokens=1400)
+        >>> f"{done.errors} of {done.rows} rows failed"
+        '1 of 200 rows failed'
     """
 
     path: str
@@ -92,6 +97,17 @@ def run(
         Exception: whatever a task raised.
 
     After any of them what was finished stays, and the same job goes on from it.
+
+    Example:
+        >>> import daskllm
+        >>> from daskllm import demo
+        >>> llm = daskllm.load(demo.model_path())
+        >>> import tempfile, dask.dataframe as dd
+        >>> from daskllm.jobs import prepare
+        >>> out = dd.from_pandas(demo.table().head(4), npartitions=2).llm.chat(llm, "prompt", max_tokens=64)
+        >>> with tempfile.TemporaryDirectory() as path:
+        ...     run(prepare(out, path, client=None)).parts
+        2
     """
     begun = time.perf_counter()
     ledger = _Ledger(job, told, cancelled)

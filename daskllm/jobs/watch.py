@@ -66,6 +66,18 @@ def watching(
         expr: a table with answers.
         client: whose workers answer; None for this process.
         rows, partitions: as for `eta_of`.
+
+    Example:
+        >>> import daskllm
+        >>> from daskllm import demo
+        >>> llm = daskllm.load(demo.model_path())
+        >>> import dask.dataframe as dd
+        >>> table = dd.from_pandas(demo.table().head(4), npartitions=1)
+        >>> out = table.llm.chat(llm, "prompt", max_tokens=64)
+        >>> with watching(out.expr, None) as eta:
+        ...     rows = len(out.compute())
+        >>> rows, eta.state().rows
+        (4, 4)
     """
     jobs, eta = eta_of(expr, rows, partitions)
     last = time.monotonic()
@@ -87,6 +99,12 @@ def progress_bar(eta: Eta, done: int = 0) -> Iterator[None]:
 
     Args:
         done: rows that were there before.
+
+    Example:
+        >>> from daskllm.jobs.eta import Eta
+        >>> with progress_bar(Eta(None, rows=10)):  # the block is what is watched
+        ...     print("working")
+        working
     """
     # In a notebook it looks for widgets, and complains where there are none; not for the import of daskllm.
     from tqdm.auto import tqdm

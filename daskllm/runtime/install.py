@@ -69,11 +69,10 @@ def install(client: Client) -> None:
         RuntimeError: a process has another daskllm in use already, or lacks a package that daskllm needs;
             the message says which, and what to do.
 
-    Example::
-
-        client = Client("tcp://scheduler:8786")
-        daskllm.install(client)
-        llm = daskllm.load("path/to/model", client=client)
+    Example:
+        >>> from distributed import Client
+        >>> with Client(processes=False, n_workers=1, dashboard_address=None) as client:
+        ...     install(client)  # it has this daskllm already: nothing is sent
     """
     here = source.version(), source.digest()
     there = _found_on(client)

@@ -68,9 +68,16 @@ def loaded(client: Client) -> pd.DataFrame:
         ``layers`` and ``bytes`` of weights there, ``clients`` (how many of those that loaded it are there;
         with none, it goes when it has not been used for a while).
 
-    Example::
-
-        daskllm.loaded(client).groupby("model")["bytes"].sum()
+    Example:
+        >>> import daskllm
+        >>> from daskllm import demo
+        >>> from distributed import Client
+        >>> with Client(processes=False, n_workers=1, dashboard_address=None) as client:
+        ...     llm = daskllm.load(demo.model_path(), client=client)
+        ...     found = loaded(client)
+        ...     llm.close()
+        >>> found["clients"].tolist(), found["layers"].tolist()
+        ([1], [6])
     """
     held: dict[str, list[tuple[ModelSpec, dict[str, int]]]] = client.run(held_on)
     leases: dict[ModelSpec, int] = client.run_on_scheduler(_leases)

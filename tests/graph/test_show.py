@@ -39,7 +39,7 @@ def test_a_graph_without_weights_and_with_strange_names() -> None:
 
 def test_a_plan_shows_each_stage_with_what_was_predicted_and_measured() -> None:
     plan = make_plan(LayerGraph.of(decoder(num_layers=4)), two(), stages=2)
-    head = "replica stage device layers memory predicted link"
+    head = "stage device layers memory predicted"
     stages = plan.replicas[0].stages
     shown = words(plan._repr_html_())
     assert all(stage.device in shown and f"{1000 * stage.seconds:.3g} ms" in shown for stage in stages)
@@ -50,6 +50,9 @@ def test_a_plan_shows_each_stage_with_what_was_predicted_and_measured() -> None:
     assert "5 ms" in shown
     assert "100" in shown
     assert "imbalance" in shown
+    assert "replica stage" not in shown
+    both = make_plan(LayerGraph.of(decoder(num_layers=4)), two(), replicas=2)
+    assert both._repr_html_().count("<th") == len(["replica", *head.split()]) + 1  # and "planned by"
 
 
 def test_a_plan_of_which_no_time_is_known() -> None:
