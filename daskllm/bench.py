@@ -42,11 +42,10 @@ from daskllm.runtime.tasks import watched
 from daskllm.session import Session
 from daskllm.types import ModelSpec, SamplingParams
 
-__all__ = ["WorkRow", "machine_rates", "measure", "read_work"]
+__all__ = ["WorkRow", "machine_rates", "measure", "read_work", "without_drafts"]
 
 WARM_UP_ROWS = 4
 MEGABYTE = 1_000_000
-_SUMMED = ("preemptions", "reused_tokens", "drafted_tokens", "accepted_tokens")  # over engines
 _MEASURING_SECONDS = 0.3
 _READ = 256 << 20
 """Bytes to read for the memory's bandwidth: many times what caches hold."""
@@ -108,7 +107,7 @@ def measure(
     kv_memory: int | str = "auto",
     profile: bool = False,
 ) -> dict[str, Any]:
-    """Load a model, warm up on four rows, answer all rows; what it took.
+    """Load a model, warm up on four rows, answer all rows; what it took. Tokens are not guessed ahead.
 
     Args:
         workers: processes of a local Dask cluster; None answers in this process, without Dask.
@@ -121,8 +120,7 @@ def measure(
         warm-up; ``out_tokens``, ``out_tokens_per_s``, ``prompt_tokens``, ``rows``; ``base_rss_mb`` resident
         before ``load`` and ``peak_rss_mb`` the most ever resident, both in 10**6 bytes and summed over the
         processes that hold the model; ``preemptions``; ``reused_tokens``, prompt tokens whose keys and
-        values were found instead of computed; ``drafted_tokens``, guessed, and the ``accepted_tokens`` among
-        them; the machine and versions it ran on; and ``profile`` where it
+        values were found instead of computed; the machine and versions it ran on; and ``profile`` where it
         was asked for.
 
     Raises:
@@ -169,6 +167,7 @@ def _in_process(
     load_s = time.perf_counter() - begun
     try:
         _check_fits(work, llm.config)
+        without_drafts(session)
         _answer(session, _warm_up(work))
         watch = Profile(session.engine) if profile else None
         begun = time.perf_counter()
@@ -237,7 +236,7 @@ def _on_cluster(
             "base_rss_mb": base,
             "peak_rss_mb": sum(client.run(_peak_resident).values()),
             **engines[0],
-            **{name: sum(engine[name] for engine in engines) for name in _SUMMED},
+            **{name: sum(engine[name] for engine in engines) for name in ("preemptions", "reused_tokens")},
             "workers": workers,
             "threads": threads,
             "stages": len(spec.chains[0].stages) if spec.chains else 1,
@@ -269,6 +268,12 @@ def _at_each(client: Client, workers: Sequence[str], function: Callable[..., Any
     return results
 
 
+def without_drafts(session: Session) -> None:
+    """Keep an engine from guessing tokens: a model of random weights says the same again and again, and what
+    its guesses gain holds for no text."""
+    session.engine.batcher.draft = None
+
+
 def _answer(session: Session, work: Sequence[WorkRow], **watching: Any) -> int:
     """Generate every row of the work; the number of tokens, all of which were asked for."""
     answers = session.generate([row.prompt for row in work], [row.sampling for row in work], **watching)
@@ -281,6 +286,7 @@ def _answer(session: Session, work: Sequence[WorkRow], **watching: Any) -> int:
 
 def _answer_here(spec: ModelSpec, work: Sequence[WorkRow]) -> int:
     with watched(Call(spec=spec, kind="generate"), len(work)) as run:
+        without_drafts(run.session)
         return _answer(run.session, work, progress=run.report, cancelled=run.cancelled)
 
 
@@ -300,8 +306,6 @@ def _engine(session: Session) -> dict[str, Any]:
         "kv_mb": round(sum(tensor.nbytes for tensor in (*cache.keys, *cache.values)) / MEGABYTE, 3),
         "preemptions": metrics.preemptions,
         "reused_tokens": metrics.reused_tokens,
-        "drafted_tokens": metrics.drafted_tokens,
-        "accepted_tokens": metrics.accepted_tokens,
         "mean_batch": round(metrics.fill(), 1),
     }
 

@@ -4,7 +4,7 @@
 
 A token of a row alone needs every weight of the layers and the head once, and the keys and values before it.
 The bytes of the steps that were run, over their seconds, are set against what this machine reads at most,
-measured here. Where a step yields several tokens (drafts), tokens per second rise and the share does not.
+measured here. Tokens are not guessed ahead: `speculation.py` measures that.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from statistics import median
 
 from inputs import INPUTS, VOCABULARY, cpu, make_model
 
-from daskllm.bench import machine_rates
+from daskllm.bench import machine_rates, without_drafts
 from daskllm.engine.batch import BLOCK_SIZE
 from daskllm.engine.kvcache import bytes_per_block
 from daskllm.llm import load
@@ -55,6 +55,7 @@ def main() -> None:
     model = args.model or make_model(INPUTS / "llama-135M")
     llm = load(str(model), answers=None)
     session, draw = llm.session(), Random(0)
+    without_drafts(session)
     once(session, 8, draw)
     rounds = [once(session, args.tokens, draw) for _ in range(args.rounds)]
     size, dtype = step_bytes(session, args.tokens), session.model.torch_dtype
@@ -68,7 +69,6 @@ def main() -> None:
         "dtype": str(dtype).removeprefix("torch."),
         "tokens": args.tokens,
         "tokens_per_s": round(median(args.tokens / seconds for _, seconds in rounds), 1),
-        "tokens_per_step": round(median(args.tokens / steps for steps, _ in rounds), 2),
         "read_gb_per_s": round(read / 1e9, 1),
         "bandwidth_gb_per_s": round(bandwidth / 1e9, 1),
         "bandwidth_share": round(read / bandwidth, 3),

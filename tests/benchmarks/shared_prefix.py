@@ -24,7 +24,7 @@ from inputs import INPUTS, VOCABULARY, cpu, make_model, make_work
 from scipy.optimize import nnls
 
 import daskllm
-from daskllm.bench import WorkRow, read_work
+from daskllm.bench import WorkRow, read_work, without_drafts
 from daskllm.session import Session
 
 
@@ -75,6 +75,7 @@ def main() -> None:
     work = alike(args.rows, args.prefix, args.out)
     llm = daskllm.load(args.model or make_model(INPUTS / "llama-135M"), answers=None)
     session = llm.session()
+    without_drafts(session)
     try:
         answer(session, [WorkRow(row.prompt[::-1], row.out) for row in work[:4]], False)
         rounds = []
