@@ -342,7 +342,7 @@ class DaskAccessor(_Accessor[dd.DataFrame]):
         Dates are text, bytes are refused. What a file's own metadata say in Parquet is in a ``_part….json``.
 
         Args:
-            options: of `to_parquet`, but for ``encryption_key``, ``compression`` and ``retry_errors``.
+            options: of `to_parquet`, but for ``encryption_key`` and ``compression``.
 
         Example:
             >>> import daskllm
@@ -420,6 +420,7 @@ class DaskAccessor(_Accessor[dd.DataFrame]):
         overwrite: bool = False,
         on_error: OnError = "keep",
         max_errors: float | None = None,
+        retry_errors: bool = False,
         write_index: bool | None = None,
         types: Mapping[str, pa.DataType] | None = None,
     ) -> Summary:
@@ -433,6 +434,7 @@ class DaskAccessor(_Accessor[dd.DataFrame]):
             overwrite=overwrite,
             on_error=on_error,
             max_errors=max_errors,
+            retry_errors=retry_errors,
             write_index=write_index,
             types=types,
         )

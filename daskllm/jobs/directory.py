@@ -7,7 +7,6 @@ and bytes, and refuses to know what is in them.
 from __future__ import annotations
 
 import os
-import time
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ __all__ = ["Directory", "Entry", "stamp_of"]
 
 UNFINISHED = ".tmp"
 """How the name of a file ends that is being written; it begins with a dot, so that readers pass over it."""
-_ABANDONED_SECONDS = 3600.0
+_ABANDONED_NS = 3600 * 10**9
 # Of these a file that is being written does not show, and a move is a copy.
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "memory"})
 # By the names that the file systems of fsspec give it.
@@ -118,11 +117,14 @@ class Directory:
         data: bytes = self._fs.cat_file(self._at(name))
         return data
 
-    def write(self, name: str, data: Any) -> Entry:
+    def write(self, name: str, data: Any, *, same: bool = False) -> Entry:
         """Write a file over what is there by that name; nobody sees it before it is whole.
 
         Args:
             data: bytes, or whatever offers them as a buffer.
+            same: whoever else writes a file of that name is to write the same. An object store is then asked
+                to put it only where there is none (S3's ``If-None-Match``), and what is there is left alone
+                if it is the same: of two who deliver one part, the later changes nothing.
 
         Raises:
             OSError: it cannot be written; what was there by that name stays.
@@ -131,12 +133,23 @@ class Directory:
         if self._local:
             return self._write_here(path, data)
         if self._is_object_store():
-            self._fs.pipe_file(path, bytes(data))
+            if not same or not self._put_first(path, bytes(data)):
+                self._fs.pipe_file(path, bytes(data))
         else:
             unfinished = self._unfinished(name)
             self._fs.pipe_file(unfinished, bytes(data))
             self._fs.mv(unfinished, path)
         return Entry(len(memoryview(data)), stamp_of(self._fs.info(path)))
+
+    def _put_first(self, path: str, data: bytes) -> bool:
+        """Put an object where there is none; whether it is there now, by whomever."""
+        try:
+            self._fs.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            return bool(self._fs.cat_file(path) == data)
+        except (NotImplementedError, TypeError, ValueError):  # a store, or its client, that has no such thing
+            return False
+        return True
 
     def _write_here(self, path: str, data: Any) -> Entry:
         unfinished = self._unfinished(os.path.basename(path))
@@ -161,11 +174,12 @@ class Directory:
 
     def tidy(self) -> None:
         """Remove what writers that were lost had not finished; one may be at work that seems to be lost."""
-        for name in self.entries() if self._local else ():
-            if self.is_unfinished(name):
+        times = {name: int(entry.stamp) for name, entry in self.entries().items()} if self._local else {}
+        now = max(times.values(), default=0)  # by the disk's clock, which may be another machine's
+        for name, changed in times.items():
+            if self.is_unfinished(name) and now - changed > _ABANDONED_NS:
                 with suppress(OSError):
-                    if time.time() - os.stat(self._at(name)).st_mtime > _ABANDONED_SECONDS:
-                        os.unlink(self._at(name))
+                    os.unlink(self._at(name))
 
     @staticmethod
     def is_unfinished(name: str) -> bool:

@@ -138,12 +138,13 @@ class Eta:
                 self._sum[name] += getattr(new, name)
             self._cuts += bool(new.cut_rows)
             self._ended.update(dict(new.ended))
+            joined = new.costs is not None and new.worker not in self._costs
             if new.costs is not None:
                 self._costs[new.worker] = new.costs
             if not new.cut_rows:
                 self._note(new, now)
-            if self._warm is None and new.costs is not None:
-                # What is slow once, in the workers' processes, will not be so again.
+            if joined:
+                # What is slow once, in a worker's process, will not be so again; and now they are one more.
                 self._warm = (now, *self._done())
             if not self._looks or now - self._looks[-1][0] >= _LOOK_SECONDS:
                 self._looks.append((now, *self._done()))

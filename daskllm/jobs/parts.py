@@ -130,13 +130,19 @@ def _first_reason(table: pa.Table, recipe: Recipe, failed: npt.NDArray[np.bool_]
 
 
 def store_part(
-    table: pa.Table, number: int, recipe: Recipe, dropped: int = 0, why: str | None = None
+    table: pa.Table,
+    number: int,
+    recipe: Recipe,
+    dropped: int = 0,
+    why: str | None = None,
+    data: bytes | None = None,
 ) -> Part:
     """Write a table as a part over what is there of it, and tell of it.
 
     Args:
         dropped: rows that failed and are not in the table.
         why: what the first of them says.
+        data: the file, where it is made already; of the table, errors and counts of tokens then suffice.
 
     Raises:
         OSError: it cannot be written; what was there stays.
@@ -152,13 +158,13 @@ def store_part(
     }
     name = recipe.name(number)
     says = {"job": recipe.job, "part": number, "parts": recipe.parts, **counts, "facts": recipe.says}
-    data = encode(table, recipe.form, says)
-    digest = _digest(data)
+    written = encode(table, recipe.form, says) if data is None else data
+    digest = _digest(written)
     try:
         if recipe.form.kind != "parquet":
             beside = says | {"digest": digest}
             recipe.directory.write(_sidecar(name), json.dumps(beside, ensure_ascii=False).encode())
-        entry = recipe.directory.write(name, data)
+        entry = recipe.directory.write(name, written, same=True)
     except OSError as error:
         raise _refused(error, name, recipe) from error
     part = Part(number, name, entry.size, entry.stamp, digest, **counts)

@@ -14,7 +14,8 @@ import pyarrow as pa
 from dask._expr import Expr
 from dask.dataframe.dask_expr._expr import Elemwise
 
-from daskllm.jobs.formats import as_arrow, decode
+from daskllm.jobs.formats import as_arrow, decode, encode
+from daskllm.jobs.lines import Lines
 from daskllm.jobs.manifest import Manifest, Part
 from daskllm.jobs.parts import ByNumber, Recipe, Written, failed_rows, store_part
 from daskllm.runtime.call import Call
@@ -32,8 +33,6 @@ def check_retry(expr: Expr, recipe: Recipe, there: Manifest | None) -> None:
         raise ValueError(f"retry_errors: {recipe.directory.where} holds no job yet")
     if recipe.on_error == "drop":
         raise ValueError('retry_errors: with on_error="drop" the failed rows are gone; use overwrite=True')
-    if recipe.form.kind != "parquet":
-        raise ValueError(f"retry_errors is for Parquet, not for {recipe.form.kind}; use overwrite=True")
     if not recipe.errors:
         raise ValueError("retry_errors: the columns that say which rows failed are not in the table any more")
     _asked(expr)
@@ -81,7 +80,7 @@ def pick_rows(table: pd.DataFrame, number: int, recipe: Recipe) -> pd.DataFrame:
     Raises:
         ValueError: the part has not as many rows.
     """
-    part = _part(number, recipe)
+    part = _told(number, recipe)
     if part.num_rows != len(table):
         raise ValueError(
             f"{recipe.name(number)} has {part.num_rows} rows, its partition {len(table)}: use overwrite=True"
@@ -91,16 +90,26 @@ def pick_rows(table: pd.DataFrame, number: int, recipe: Recipe) -> pd.DataFrame:
 
 def mend_part(table: pd.DataFrame, number: int, recipe: Recipe) -> Part:
     """Write a part again with these rows in the places of those that failed."""
-    part = _part(number, recipe)
-    rows = np.flatnonzero(failed_rows(part, recipe))
-    new = as_arrow(table, recipe.form).cast(part.schema)
+    rows = np.flatnonzero(failed_rows(_told(number, recipe), recipe))
+    new = as_arrow(table, recipe.form)
+    data, form = recipe.directory.read(recipe.name(number)), recipe.form
+    if form.kind != "parquet":
+        again = Lines(data, form.kind).replaced(rows, Lines(bytes(encode(new, form, {})), form.kind))
+        counted = (*recipe.errors, *recipe.read, *recipe.generated)
+        return store_part(Lines(again, form.kind).table(counted), number, recipe, data=again)
+    part = decode(data, form)
+    new = new.cast(part.schema)
     places = np.arange(part.num_rows)
     places[rows] = part.num_rows + np.arange(len(rows))
     return store_part(pa.concat_tables([part, new]).take(pa.array(places)), number, recipe)
 
 
-def _part(number: int, recipe: Recipe) -> pa.Table:
-    return decode(recipe.directory.read(recipe.name(number)), recipe.form)
+def _told(number: int, recipe: Recipe) -> pa.Table:
+    """Of a part's rows what says whether they failed, at least."""
+    data = recipe.directory.read(recipe.name(number))
+    if recipe.form.kind == "parquet":
+        return decode(data, recipe.form)
+    return Lines(data, recipe.form.kind).table(recipe.errors)
 
 
 class Picked(ByNumber):

@@ -52,8 +52,9 @@ MOST_MERGED = 16384
 more than 100,000 tasks of ours."""
 ENOUGH_ROWS = 32
 """Of fewer rows, so many slices would be in flight on a worker that little is left to steal."""
-ENOUGH_TOKENS = 8192
-"""Tokens worth a slice of their own, however few the rows: seconds on a CPU, tenths of one on a GPU."""
+ENOUGH_TOKENS = 1024
+"""Tokens worth a slice of their own, however few the rows: what a job's end waits for where rows are long, a
+second or a few on one core."""
 
 PLACE = "__daskllm_place__"
 """The column that carries each row's place past a filter: partition << 32 | row, int64."""

@@ -15,6 +15,7 @@ from daskllm.runtime.blockserver import block_server_of
 from daskllm.runtime.leases import serve
 from daskllm.runtime.remote import RemoteSession
 from daskllm.runtime.versions import learn
+from daskllm.runtime.worker import rows_handed_back
 
 if TYPE_CHECKING:
     from daskllm.runtime.host import StageHost
@@ -37,6 +38,9 @@ class StagePlugin(WorkerPlugin):
         host_of(worker)
         block_server_of(worker)
         serve(worker)
+
+    async def teardown(self, worker: Worker) -> None:
+        await rows_handed_back(worker)
 
 
 class VersionPlugin(WorkerPlugin):

@@ -58,6 +58,7 @@ def answer_rows(
 
     Raises:
         InterruptedError: the Dask task that waits for the rows was cancelled, or its run given up.
+        Reschedule: the Dask worker is about to close; what has finished is kept.
     """
     if not rows:
         return ()
@@ -69,6 +70,7 @@ def answer_rows(
             try:
                 return _answers(run, prompts, call, places)
             except InterruptedError:
+                run.hand_back()
                 # A task that is cancelled and asked for again stays the same task: it is still to be done.
                 if run.cancelled():
                     raise
@@ -93,11 +95,15 @@ def _answers(run: Run, prompts: list[Prompt], call: Call, places: Sequence[Place
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Where a task's rows run; ``report`` and ``cancelled`` go to the session with them."""
+    """Where a task's rows run; ``report`` and ``cancelled`` go to the session with them.
+
+    ``hand_back`` raises where interrupted rows are for another worker.
+    """
 
     session: Session
     report: Reporter
     cancelled: Callable[[], bool]
+    hand_back: Callable[[], None]
 
 
 @contextmanager
@@ -111,13 +117,17 @@ def watched(call: Call, rows: int, job: str = "") -> Iterator[Run]:
         if task is None:
             return given_up()
         task.make_room()
-        return task.cancelled()
+        return task.cancelled() or task.leaving()
+
+    def hand_back() -> None:
+        if task is not None:
+            task.hand_back()
 
     if task is not None:
         task.begin(rows, call.params.n, key_split(task.key).partition("-")[0] == call.kind)
     try:
         with using(call.spec) as session:
-            yield Run(session, report, cancelled)
+            yield Run(session, report, cancelled, hand_back)
     finally:
         try:
             report.flush()

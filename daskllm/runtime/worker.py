@@ -3,7 +3,11 @@
 A worker should have more rows in hand than its engine runs together, so that its batch does not drain at the
 end of a task. A task that waits for its rows therefore leaves the thread pool (`distributed.secede`), which
 lets the worker start the next, until enough rows are in hand; the rest of the queue stays where it can be
-stolen.
+stolen. When the queue gets short, beside other workers, fewer rows are enough: what one has begun it keeps,
+and if that is most of what is left, the others end long before it.
+
+A worker that is retired, or told to end (SIGTERM), hands its rows in flight back: their tasks go to others,
+and what has finished of them is kept on the way.
 
 A task of a higher priority does not wait for one of these to end: they leave the pool for it, and what comes
 into the pool behind it waits until there is room again.
@@ -11,6 +15,7 @@ into the pool behind it waits until there is room again.
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import sys
 import threading
@@ -27,13 +32,27 @@ if TYPE_CHECKING:
     from distributed import Worker
     from distributed.worker_state_machine import TaskState
 
-__all__ = ["ROWS_IN_HAND", "WorkerTask", "announce_share", "current_task", "current_worker", "set_share"]
+__all__ = [
+    "ROWS_IN_HAND",
+    "WorkerTask",
+    "announce_share",
+    "current_task",
+    "current_worker",
+    "rows_handed_back",
+    "set_share",
+]
 
 ROWS_IN_HAND = 96
 """Unfinished rows of a worker's tasks below which it takes another: half as many again as its engine runs
 together, since some end between two looks."""
+_FEW_ROWS = 32
+"""In hand, though the queue gets short: below, what an engine takes for a token rises by a tenth and more."""
+_PLENTY = 6
+"""Partitions that wait on a worker, from which on its end of the queue is not near."""
 _MOST_TASKS = 16
 """In flight on a worker, however few their rows: each has a thread."""
+_HAND_BACK_SECONDS = 5.0
+"""How long a worker that closes waits for its tasks to keep what has finished."""
 _LOOK_SECONDS = 0.1
 """How often a task that waits to begin looks whether it is still wanted, or another more so."""
 
@@ -42,6 +61,8 @@ _begun: defaultdict[str, list[WorkerTask]] = defaultdict(list)
 # And how many left its pool for another that has not begun yet: one may do so at a time.
 _vacated: defaultdict[str, int] = defaultdict(int)
 _turns = threading.Condition()
+_workers: dict[str, int] = {}
+"""How many workers the cluster of each had when it was last looked at."""
 
 
 def current_worker() -> Worker | None:
@@ -86,6 +107,7 @@ def set_share(worker: Worker, cluster: dict[str, Any]) -> None:
         for address, known in cluster["workers"].items()
         if known["host"] == worker.ip and not address.startswith("inproc://") and address != worker.address
     ]
+    _workers[worker.id] = len(cluster["workers"])
     machine.set_share(1 + len(others), worker.memory_manager.memory_limit if worker.nanny else None)
 
 
@@ -109,13 +131,29 @@ class WorkerTask:
         span = (known.annotations or {}).get("span") if known is not None else None
         self.span = "/".join(span["name"]) if span else ""
         self.rows = self._samples = 0
-        self._left = False
+        self._left = self._alone = False
 
     def cancelled(self) -> bool:
         """Whether the worker no longer wants this task, because its future was cancelled or released."""
         # A dict's get is atomic, and the event loop never mutates a state in place but by assignment.
         task = self.worker.state.tasks.get(self.key)
         return task is None or task.state not in ("executing", "long-running")
+
+    def leaving(self) -> bool:
+        """Whether the worker is about to close, so that the rows are for another."""
+        status = self.worker.status.name
+        return status in ("closing", "closed") or (self._alone and status == "closing_gracefully")
+
+    def hand_back(self) -> None:
+        """Let another worker have the task, where this one is about to close.
+
+        Raises:
+            Reschedule: that is so.
+        """
+        if self.leaving():
+            from distributed import Reschedule
+
+            raise Reschedule
 
     def begin(self, rows: int, samples: int, alone: bool) -> None:
         """Wait until the worker has room for one more in flight, more urgent ones not counted against it.
@@ -128,15 +166,17 @@ class WorkerTask:
                 done other work before it asked.
 
         Raises:
-            Reschedule: a more urgent task waits for the thread, and nothing was begun.
+            Reschedule: a more urgent task waits for the thread, or the worker is about to close, and nothing
+                was begun.
             InterruptedError: the task was cancelled.
         """
-        self.rows, self._samples = rows * samples, samples
+        self.rows, self._samples, self._alone = rows * samples, samples, alone
         with _turns:
             begun = _begun[self.worker.id]
             while not self._room():
                 if self.cancelled():
                     raise InterruptedError("the rows were cancelled")
+                self.hand_back()
                 if _in_pool() and self._more_urgent_waits():
                     from distributed import Reschedule
 
@@ -180,7 +220,13 @@ class WorkerTask:
         begun = [other for other in _begun[self.worker.id] if other.urgency >= self.urgency]
         if len(begun) < max(2, self.worker.state.nthreads):
             return True
-        return len(begun) < _MOST_TASKS and sum(max(0, other.rows) for other in begun) < ROWS_IN_HAND
+        rows = sum(max(0, other.rows) for other in begun)
+        if len(begun) >= _MOST_TASKS or rows >= ROWS_IN_HAND:
+            return False
+        if rows < _FEW_ROWS or _workers.get(self.worker.id, 1) == 1:
+            return True
+        # The event loop's thread changes the set meanwhile; a copy is made in one piece.
+        return sum(map(_is_first, tuple(self.worker.state.ready))) >= _PLENTY
 
     def done(self) -> None:
         """Let another task of this worker begin, or leave the pool."""
@@ -191,6 +237,18 @@ class WorkerTask:
     def _more_urgent_waits(self) -> bool:
         # The event loop's thread changes the set meanwhile; a copy is made in one piece.
         return any(_urgency(other) > self.urgency for other in tuple(self.worker.state.ready))
+
+
+async def rows_handed_back(worker: Worker) -> None:
+    """Wait, for a while, until the tasks of a worker that closes have kept their finished rows."""
+    end = asyncio.get_running_loop().time() + _HAND_BACK_SECONDS
+    while _begun[worker.id] and asyncio.get_running_loop().time() < end:
+        await asyncio.sleep(_LOOK_SECONDS / 2)
+
+
+def _is_first(task: TaskState) -> bool:
+    """Whether a task is no further slice of a partition, which may well be empty."""
+    return not (isinstance(task.key, tuple) and len(task.key) == 3 and task.key[2] != 0)
 
 
 def _urgency(task: TaskState) -> int:

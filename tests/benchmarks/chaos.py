@@ -77,12 +77,17 @@ def questions(path: Path, rows: int, seed: int = 0) -> None:
         table.iloc[begin : begin + 1000].to_parquet(path / f"{begin:09}.parquet", index=False)
 
 
+def command_of(rows: Path, output: Path, args: argparse.Namespace) -> list[str]:
+    """The client's command; ``{scheduler}`` stands for the address."""
+    command = [sys.executable, "-m", "daskllm", "generate", "--model", str(args.model or demo.model_path())]
+    command += ["--input", f"{rows}/*.parquet", "--prompt", "text", "--chat", "--output", str(output)]
+    return [*command, "--max-tokens", str(args.out), "--scheduler", "{scheduler}", "--json"]
+
+
 def job(place: Path, rows: Path, args: argparse.Namespace, deaths: Deaths | None) -> dict[str, Any]:
     """One job; what it took, and its table."""
     output = place / "out"
-    command = [sys.executable, "-m", "daskllm", "generate", "--model", str(args.model or demo.model_path())]
-    command += ["--input", f"{rows}/*.parquet", "--prompt", "text", "--chat", "--output", str(output)]
-    command += ["--max-tokens", str(args.out), "--scheduler", "{scheduler}", "--json"]
+    command = command_of(rows, output, args)
     env = {"DASK_DASKLLM__ANSWERS": str(place / "answers")}
     with running(place / "run", command, output, args.workers, env, "count_rows.py") as run:
         seconds = to_the_end(run, deaths or (lambda run: None), args.limit)

@@ -103,7 +103,7 @@ def main() -> None:
                     print(json.dumps(found[-1]), file=sys.stderr)
     finally:
         for one in started:
-            one.terminate()
+            one.kill()
         for one in started:
             one.wait()
         place.unlink(missing_ok=True)

@@ -150,3 +150,24 @@ def test_a_state_is_text_and_data() -> None:
     assert str(state) == "50 of 100 rows (50%), 20 tokens, 30 tokens/s, 1 errors, 1 min 15 s left"
     assert 'value="0.5000"' in state._repr_html_()
     assert state.to_dict()["eta"] == 75.0
+
+
+def test_a_worker_that_joins_counts_from_then_on() -> None:
+    eta = Eta(SamplingParams(max_tokens=10, ignore_eos=True), rows=4000)
+
+    def tell(worker: str, turn: int) -> None:
+        ten = {"rows": 10, "prompt_tokens": 100, "output_tokens": 100}
+        begun = {"begun_rows": 10, "begun_tokens": 100, "begun_estimate": 100}
+        costs = (0.001, 0.001, 0.01)
+        told = Increment(
+            **ten, **begun, worker=worker, task=f"{worker}{turn}", ended=((10, 10),), costs=costs
+        )
+        eta.take(told, turn / 4)
+
+    eta.take(Increment(cut_rows=4000, cut_tokens=40_000, task="cut"), 0.0)
+    for turn in range(1, 61):
+        tell("a", turn)
+        if turn > 40:
+            tell("b", turn)
+    # 800 rows are done, 400 of them in the last five seconds, by two workers.
+    assert eta.state(15.0).eta == pytest.approx(40, rel=0.1)

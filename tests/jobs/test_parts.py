@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pyarrow.parquet.encryption as pe
 import pytest
 
-from daskllm.jobs import prepare, run
+from daskllm.jobs import Directory, prepare, run
 from daskllm.types import Completion, JobError, RowError
 from tests.fake_session import FakeLLM, FakeSession
 
@@ -307,6 +307,38 @@ def test_a_bad_argument_is_refused_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", ["json", "csv"])
+def test_failed_rows_of_text_files_alone_are_asked_again(
+    tmp_path: Path, fake: FakeLLM, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    answer = FakeSession._answer
+
+    def moody(self: FakeSession, prompt: Any, *arguments: Any) -> Completion:
+        return Completion.failed('a "bad",\nday') if "3" in str(prompt) else answer(self, prompt, *arguments)
+
+    texts = [f'row {i},\n"{i}"' if i != 8 else None for i in range(12)]
+    frame = dd.from_pandas(pd.DataFrame({"id": range(12), "text": texts}), npartitions=3)
+    path = tmp_path / "out"
+
+    def write(**options: Any) -> Any:
+        return getattr(frame.llm.generate(fake, "text").llm, f"to_{kind}")(path, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FakeSession, "_answer", moody)
+        assert write().errors == 2
+    before = {part.name: part.read_bytes() for part in path.glob("part.*")}
+    answered = fake.rows
+    done = write(retry_errors=True)
+    assert (done.written, done.rows, done.errors) == (2, 12, 1)
+    assert fake.rows == answered + 2
+    whole = getattr(frame.llm.generate(fake, "text").llm, f"to_{kind}")(tmp_path / "whole")
+    for part in sorted(path.glob("part.*")):
+        assert part.read_bytes() == (tmp_path / "whole" / part.name).read_bytes()
+    assert sum(part.read_bytes() != before[part.name] for part in path.glob("part.*")) == 1
+    assert (done.prompt_tokens, done.out_tokens) == (whole.prompt_tokens, whole.out_tokens)
+    assert write().written == 0
+
+
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"n": 2}, {"logprobs": 0}])
 def test_failed_rows_alone_are_asked_again(
     ask: Ask, tmp_path: Path, fake: FakeLLM, monkeypatch: pytest.MonkeyPatch, sampling: dict[str, Any]
@@ -419,6 +451,30 @@ def test_an_object_store_is_as_good_as_a_directory(ask: Ask, fake: FakeLLM) -> N
         store.rm("/daskllm-parts", recursive=True)
 
 
+@pytest.mark.parametrize("conditional", [True, False])
+def test_of_two_who_deliver_a_part_the_later_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, conditional: bool
+) -> None:
+    store = fsspec.filesystem("memory")
+    directory = Directory("memory://daskllm-twice")
+    put = type(store).pipe_file
+
+    def older(self: Any, path: str, value: bytes) -> Any:
+        return put(self, path, value)
+
+    if not conditional:  # a client that knows no conditional put writes over what is there
+        monkeypatch.setattr(type(store), "pipe_file", older)
+    try:
+        first = directory.write("part", b"rows", same=True)
+        again = directory.write("part", b"rows", same=True)
+        assert (again == first) is conditional
+        directory.write("part", b"damaged")
+        assert directory.write("part", b"rows", same=True).size == 4
+        assert directory.read("part") == b"rows"
+    finally:
+        store.rm("/daskllm-twice", recursive=True)
+
+
 def test_rows_that_were_shown_before_are_not_paid_again(rows: Path, tmp_path: Path, fake: FakeLLM) -> None:
     llm = FakeLLM(fake.spec, answers=str(tmp_path / "answers"))
     for sampling in ({}, {"temperature": 1.0}):
@@ -437,3 +493,19 @@ def test_the_processes_scheduler_writes_too(ask: Ask, tmp_path: Path, fake: Fake
         assert ask().llm.to_parquet(tmp_path / "out").written == PARTS
     assert len(set(fake.processes)) >= 1
     assert str(os.getpid()) not in fake.processes
+
+
+def test_rows_that_are_appended_are_the_only_ones_asked_however_the_table_is_cut(
+    tmp_path: Path, fake: FakeLLM
+) -> None:
+    llm = FakeLLM(fake.spec, answers=str(tmp_path / "answers"))
+    table = pd.DataFrame({"text": [f"row {i}" for i in range(60)]})
+    first = dd.from_pandas(table.iloc[:50], npartitions=7).llm.generate(llm, "{text}!")
+    first.llm.to_parquet(tmp_path / "first")
+    assert fake.rows == 50
+    dd.from_pandas(table, npartitions=4).llm.generate(llm, "{text}!").llm.to_parquet(tmp_path / "then")
+    assert fake.rows == 60
+    found = pd.read_parquet(tmp_path / "then")
+    assert found["generated"].tolist() == [f"<row {i}!>" for i in range(60)]
+    before = pd.read_parquet(tmp_path / "first")
+    pd.testing.assert_frame_equal(found.iloc[:50].reset_index(drop=True), before)

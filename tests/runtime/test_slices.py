@@ -86,7 +86,7 @@ def test_slices_hold_enough_for_an_engine(fake: FakeLLM) -> None:
     call = ask(fake)
     short = pd.DataFrame({"text": [f"question {i}" for i in range(10_000)]})
     sizes = [[len(part) for part in cut_table(short.iloc[:rows], call)] for rows in (1, 31, 70, 192, 10_000)]
-    assert sizes == [[1], [31], [35, 35], [48] * 4, [1250] * 8]
+    assert sizes == [[1], [16, 15], [9, 9, 9, 9, 9, 8, 9, 8], [24] * 8, [1250] * 8]
     long = pd.DataFrame({"text": [f"{i} " + "word " * 10_000 for i in range(10)]})
     assert sorted(len(part) for part in cut_table(long, call)) == [1, 1, 1, 1, 1, 1, 2, 2]
     assert cut_table(short.iloc[:0], call) == []
@@ -96,8 +96,8 @@ def test_slices_hold_enough_for_an_engine(fake: FakeLLM) -> None:
 def test_equal_rows_stay_together(fake: FakeLLM) -> None:
     table = pd.DataFrame({"text": [f"question {i % 70}" for i in range(700)]})
     parts = [set(part["text"]) for part in cut_table(table, ask(fake))]
-    assert len(parts) == 2
-    assert not parts[0] & parts[1]
+    assert len(parts) == 8
+    assert len(set.union(*parts)) == sum(map(len, parts)) == 70
 
 
 @pytest.mark.usefixtures("on_a_worker")
@@ -182,7 +182,7 @@ def test_slices_are_stolen_from_a_worker_that_is_slow(two_single: Client, tmp_pa
     # Partitions enough that slices are no roots, which Dask would keep back instead of having them stolen.
     given = dd.from_pandas(table(rows), npartitions=5)
     future = two_single.compute(given.llm.generate(llm, "text"))
-    most = ROWS_IN_HAND  # of rows in flight on the slow worker
+    most = 32  # of rows in flight on the slow worker, where the queue is short
     wait_until(lambda: llm.processes.count(held) == most)
     wait_until(lambda: len(llm.processes) == rows)
     assert llm.processes.count(held) == most
