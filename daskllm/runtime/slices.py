@@ -45,6 +45,8 @@ __all__ = [
 
 SLICES = 8
 """Slices of a partition, at most, a power of two: each costs Dask about 1 ms, empty or not."""
+FEW_PARTITIONS = 64
+"""Partitions above which half as many slices of each leave no long end either."""
 MOST_SLICES = 4096
 """Slice tasks of a table, where it has fewer partitions: many small ones need less cutting than few large."""
 MOST_MERGED = 16384
@@ -118,11 +120,12 @@ def slices_for(partitions: int) -> int:
     """Into how many slices each of so many partitions is cut at most; 0: not at all, all is one task.
 
     >>> [slices_for(partitions) for partitions in (1, 512, 1000, 4096, 16384, 100_000)]
-    [8, 8, 4, 1, 1, 0]
+    [8, 4, 4, 1, 1, 0]
     """
     if partitions > MOST_MERGED:
         return 0
-    return max(1, min(SLICES, 1 << max(1, MOST_SLICES // max(1, partitions)).bit_length() - 1))
+    most = SLICES if partitions <= FEW_PARTITIONS else SLICES // 2
+    return max(1, min(most, 1 << max(1, MOST_SLICES // max(1, partitions)).bit_length() - 1))
 
 
 def answer_table(table: pd.DataFrame, call: Call, job: str = "") -> pd.DataFrame:

@@ -89,7 +89,7 @@ def job(place: Path, rows: Path, args: argparse.Namespace, deaths: Deaths | None
     output = place / "out"
     command = command_of(rows, output, args)
     env = {"DASK_DASKLLM__ANSWERS": str(place / "answers")}
-    with running(place / "run", command, output, args.workers, env, "count_rows.py") as run:
+    with running(place / "run", command, output, args.workers, env, ["count_rows.py"]) as run:
         seconds = to_the_end(run, deaths or (lambda run: None), args.limit)
         generated, tokens = rows_made(run.place)
         said = last_json(run.place / "client.log")

@@ -157,12 +157,17 @@ def rows_made(place: Path) -> tuple[int, int]:
 
 @contextmanager
 def running(
-    place: Path, command: Sequence[str], output: Path, workers: int, env: dict[str, str], preload: str
+    place: Path,
+    command: Sequence[str],
+    output: Path,
+    workers: int,
+    env: dict[str, str],
+    preload: Sequence[str],
 ) -> Iterator[Run]:
     """A scheduler and workers, and then a client that has ``{scheduler}`` in its command filled in.
 
     Args:
-        preload: a file that the workers' processes run first, see ``count_rows.py``.
+        preload: files that the workers' processes run first, such as ``count_rows.py``.
     """
     place.mkdir(parents=True)
     for name in ("pids", "rows"):
@@ -185,7 +190,7 @@ def running(
         heads = start("scheduler", scheduler)
         worker = [*dask, "worker", address, "--nanny", "--nthreads", "2", "--memory-limit", "0"]
         worker += ["--no-dashboard", "--local-directory", str(place / "scratch")]
-        worker += ["--preload", str(HERE / preload)]
+        worker += [word for file in preload for word in ("--preload", str(HERE / file))]
         hands = [start(f"worker-{i}", worker) for i in range(workers)]
         until(lambda: len(list(place.glob("pids/*"))) >= workers, 60, "workers that start")
         client = start("client", [word.replace("{scheduler}", address) for word in command])
