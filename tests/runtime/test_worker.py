@@ -46,7 +46,7 @@ def test_outside_a_worker_there_is_no_task() -> None:
 
 def test_a_one_thread_worker_has_so_many_rows_in_hand_and_no_more(gated: FakeLLM, one_thread: Client) -> None:
     scheduler, half = one_thread.cluster.scheduler, ROWS_IN_HAND // 2
-    future = one_thread.compute(frame(6, half).llm.generate(gated, "text"))
+    future = one_thread.compute(frame(6, half).llm.generate(gated, "text", max_tokens=1))
     session = gated.session()
     wait_until(one_thread, lambda: session.running == 2)
     # What is not in flight is not even on the worker, or is there to be stolen.
