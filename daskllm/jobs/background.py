@@ -19,7 +19,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import dask
 import dask.dataframe as dd
 from dask.utils import key_split
 
@@ -344,20 +343,10 @@ def _coordinate(table: bytes, path: str, options: dict[str, Any], name: str, pri
             teller = threading.Thread(target=_tell, args=(told.set, eta.state, over), daemon=True)
             teller.start()
             try:
-                with _span(name):
-                    return run(job, client, priority=priority, cancelled=task.cancelled)
+                return run(job, client, name=name, priority=priority, cancelled=task.cancelled)
             finally:
                 over.set()
                 teller.join()
-
-
-def _span(name: str) -> Any:
-    """Make a job's tasks a `distributed.span` of its name, so that Dask's books and ours tell it from others.
-
-    Not by ``span`` itself, which would put it into the span that this thread seems to be in: where another
-    task of the worker has seceded, threads begin with that one's.
-    """
-    return dask.annotate(span={"name": (name,), "ids": (str(uuid.uuid4()),)})
 
 
 def _tell(say: Callable[[dict[str, Any]], None], state: Callable[[], State], over: threading.Event) -> None:

@@ -11,8 +11,9 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,7 @@ def run(
     job: Job,
     client: Client | None = None,
     *,
+    name: str | None = None,
     priority: int = 0,
     told: Callable[[Part], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
@@ -85,6 +87,7 @@ def run(
     Args:
         job: from `daskllm.jobs.job.prepare`.
         client: whose cluster runs it; None: the scheduler that Dask's configuration names, else threads.
+        name: of the `distributed.span` that its tasks are in on a cluster.
         priority: of its tasks on a cluster; more is sooner.
         told: called with each part that is made, from this thread or the part's.
         cancelled: asked a few times a second on a cluster, and after each part elsewhere.
@@ -119,10 +122,10 @@ def run(
             job.recipe.directory.remove(name)
         job.recipe.directory.tidy()
     if left:
-        _make(job, Written(job.expr, job.recipe), left, client, priority, ledger)
+        _make(job, Written(job.expr, job.recipe), left, client, name, priority, ledger)
     if failed:
         again = Mended(with_failed_rows(job.expr, job.recipe), job.recipe)
-        _make(job, again, failed, client, priority, ledger)
+        _make(job, again, failed, client, name, priority, ledger)
     ledger.finish()
     return Summary(
         path=job.recipe.directory.where,
@@ -189,14 +192,22 @@ class _Ledger:
 
 
 def _make(
-    job: Job, parts: Expr, numbers: Sequence[int], client: Client | None, priority: int, ledger: _Ledger
+    job: Job,
+    parts: Expr,
+    numbers: Sequence[int],
+    client: Client | None,
+    name: str | None,
+    priority: int,
+    ledger: _Ledger,
 ) -> None:
     plan = parts.optimize(fuse=True)
     keys = [(plan._name, number) for number in numbers]
     graph, _ = cull(plan.__dask_graph__(), keys)
     with _taking(job.recipe.run, ledger):
         if client is not None:
-            _on_cluster(client, graph, keys, priority, ledger)
+            with nullcontext() if name is None else _span(name):
+                futures = client.get(graph, keys, sync=False, priority=priority)
+            _on_cluster(client, futures, ledger)
             return
         get = dask.base.get_scheduler() or dask.threaded.get
         for part in get(graph, keys):  # one in another process has told nobody yet
@@ -217,11 +228,18 @@ def _taking(run: str, ledger: _Ledger) -> Iterator[None]:
         del takers[run]
 
 
-def _on_cluster(
-    client: Client, graph: Mapping[Any, Any], keys: list[Any], priority: int, ledger: _Ledger
-) -> None:
+def _span(name: str) -> Any:
+    """Make a job's tasks a `distributed.span` of its name, so that Dask's books and ours tell it from others.
+
+    Not by ``span`` itself, which would put it into the span that this thread seems to be in: where another
+    task of the worker has seceded, threads begin with that one's.
+    """
+    return dask.annotate(span={"name": (name,), "ids": (str(uuid.uuid4()),)})
+
+
+def _on_cluster(client: Client, parts: Sequence[Future], ledger: _Ledger) -> None:
     ended: queue.SimpleQueue[Future] = queue.SimpleQueue()
-    futures = {future.key: future for future in client.get(graph, keys, sync=False, priority=priority)}
+    futures = {future.key: future for future in parts}
     try:
         for future in futures.values():
             future.add_done_callback(ended.put)
