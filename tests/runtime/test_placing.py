@@ -235,7 +235,7 @@ def test_load_checks_against_the_cluster_before_it_opens(
     with pytest.raises(ValueError, match="replicas=2 of 2 stages need 4 workers; there are 2"):
         daskllm.load(path, client=two_processes, stages=2, replicas=2)
     monkeypatch.setattr(daskllm, "__version__", "0.0.0")
-    with pytest.raises(RuntimeError, match=r"this process 0\.0\.0"):
+    with pytest.raises(RuntimeError, match=r"this process has 0\.0\.0"):
         daskllm.load(path, client=two_processes, stages=2)
 
 
