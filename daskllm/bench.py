@@ -270,8 +270,9 @@ def _at_each(client: Client, workers: Sequence[str], function: Callable[..., Any
 
 def without_drafts(session: Session) -> None:
     """Keep an engine from guessing tokens: a model of random weights says the same again and again, and what
-    its guesses gain holds for no text."""
-    session.engine.batcher.draft = None
+    its guesses gain holds for no text. One behind stages never guesses."""
+    if isinstance(session, Session):
+        session.engine.batcher.draft = None
 
 
 def _answer(session: Session, work: Sequence[WorkRow], **watching: Any) -> int:

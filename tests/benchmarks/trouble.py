@@ -1,0 +1,44 @@
+"""What a worker of ``soak.py`` runs first: its disk is slow and its clock is wrong.
+
+A worker's clock is off by up to an hour, its own way each time it starts. Once a part is there, rows wait as
+long as there is a file ``hold`` in ``DASKLLM_PLACE``, so that all that is to befall a job befalls it under
+way.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from daskllm.session import Session
+
+
+def dask_setup(worker: Any) -> None:
+    """Bring it about."""
+    place, draw = Path(os.environ["DASKLLM_PLACE"]), Random(os.getpid())
+    off = draw.randrange(-3600, 3600)
+    (now, now_ns), sync = (time.time, time.time_ns), os.fsync
+    time.time = lambda: now() + off
+    time.time_ns = lambda: now_ns() + off * 10**9
+
+    def slow_sync(handle: int) -> None:
+        time.sleep(draw.uniform(0.0, 0.3))
+        sync(handle)
+
+    os.fsync = slow_sync
+    generate = Session.generate
+
+    def held(self: Session, prompts: Any, params: Any, **options: Any) -> Any:
+        cancelled = options.get("cancelled") or (lambda: False)
+        while (place / "hold").exists() and not cancelled():
+            if not any((place.parent / "out").glob("part.*")):
+                break
+            time.sleep(0.05)
+        return generate(self, prompts, params, **options)
+
+    Session.generate = held  # type: ignore[method-assign]
+    with (place / "clocks").open("a") as log:
+        log.write(f"{os.getpid()} {off}\n")
