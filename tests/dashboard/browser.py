@@ -130,11 +130,16 @@ def browsing(width: int = 1400, height: int = 1000) -> Iterator[Tab]:
             size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
             tab.send("Emulation.setDeviceMetricsOverride", **size)
             yield tab
-            socket.close()
+            loop.run_sync(lambda: _closed(socket))
         finally:
             loop.close()
             process.terminate()
             process.wait(_SECONDS)
+
+
+async def _closed(socket: WebSocketClientConnection) -> None:
+    """Say goodbye, in the loop: a thread whose loop another test has ended has none to write with."""
+    socket.close()
 
 
 def _address(process: subprocess.Popen[bytes], profile: Path) -> str:
