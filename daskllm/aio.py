@@ -103,7 +103,7 @@ class AsyncLLM:
             while (piece := await self.run(next, pieces, None)) is not None:
                 yield piece
         finally:
-            await self.run(pieces.close)  # type: ignore[attr-defined]
+            await self.run(pieces.close)
 
     async def update(self, checkpoint: str | os.PathLike[str], **options: Any) -> None:
         """See `LLM.update`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from daskllm.given import answers_of, ask, listed
@@ -171,7 +171,7 @@ class LLM:
         """
         return ask(self, "chat", messages, sampling)
 
-    def stream(self, prompt: str | Sequence[int], **sampling: Any) -> Iterator[str]:
+    def stream(self, prompt: str | Sequence[int], **sampling: Any) -> Generator[str, None, None]:
         """One answer in pieces, as they come; their join is the text.
 
         Runs in this process, or where the engine is of a model in stages.
@@ -189,7 +189,7 @@ class LLM:
             params = params.with_(seed=secrets.randbits(63))
         return self._pieces(prompt, Call(spec=self.spec, kind="generate", params=params))
 
-    def _pieces(self, prompt: str | Sequence[int], call: Call) -> Iterator[str]:
+    def _pieces(self, prompt: str | Sequence[int], call: Call) -> Generator[str, None, None]:
         present_at(client_for(self.client), self.spec)  # or this process would not know of another's update
         with using(self.spec) as session:
             (ready,) = call.prompts([(prompt,)], session.tokenizer)

@@ -7,6 +7,7 @@ once a second while somebody looks. Nothing comes from the network: Dask serves 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -27,7 +28,7 @@ _WORKERS = 24
 _HEIGHT = 190
 
 
-class Part:
+class Part(ABC):
     """Something on a page.
 
     Args:
@@ -42,9 +43,9 @@ class Part:
     def __init__(self, board: Board) -> None:
         self.board = board
 
+    @abstractmethod
     def update(self) -> None:
         """Show what is known by now."""
-        raise NotImplementedError
 
 
 class _Text(Part):
