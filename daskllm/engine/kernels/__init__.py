@@ -16,6 +16,8 @@ stack        all of these over consecutive decoder layers, as one
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -24,6 +26,8 @@ import torch
 from daskllm.engine.batch import Batch
 
 __all__ = ["Kernels", "padded_head_dim", "select"]
+
+logger = logging.getLogger(__name__)
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -78,12 +82,23 @@ class Kernels(Protocol):
     ) -> Callable[[torch.Tensor, Batch, tuple[torch.Tensor, torch.Tensor] | None], torch.Tensor]: ...
 
 
+@functools.cache
+def _tell_denied() -> None:
+    logger.warning(
+        "this CPU has matrix registers (AMX) that the system does not let this process use "
+        "(arch_prctl refused, perhaps by a container's seccomp profile): falling back to plain torch, "
+        "which is several times slower"
+    )
+
+
 def select(device: str, dtype: torch.dtype) -> Kernels:
     """The kernels for a device ("cpu", "cuda") and a compute dtype."""
     if device == "cpu" and dtype in (torch.float32, torch.bfloat16):
         from daskllm.engine.kernels import cpu  # Numba is not loaded where it is not used
 
-        return cpu
+        if not cpu.DENIED:
+            return cpu
+        _tell_denied()
     from daskllm.engine.kernels import reference
 
     return reference

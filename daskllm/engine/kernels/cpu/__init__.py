@@ -19,12 +19,14 @@ from typing import Any
 import torch
 
 from daskllm.engine.kernels.composed import Composed
+from daskllm.engine.kernels.cpu.amx import DENIED
 from daskllm.engine.kernels.cpu.cached import attention, rope_store
 from daskllm.engine.kernels.cpu.gemm import Packed, linear, pack
 from daskllm.engine.kernels.cpu.rows import activate, add_norm
 from daskllm.engine.kernels.cpu.stack import Stack
 
 __all__ = [
+    "DENIED",
     "INVARIANT",
     "PACKS",
     "Packed",

@@ -13,7 +13,7 @@ registers, tiles are smaller. Measured on two Zen 4 cores against oneDNN's packe
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from daskllm.engine.kernels.cpu import amx
 from daskllm.engine.kernels.cpu.simd import (
     LANES,
     VECTOR,
@@ -39,7 +40,18 @@ from daskllm.engine.kernels.cpu.team import SIGNATURE, run, take, together
 if TYPE_CHECKING:
     from daskllm.engine.kernels.cpu.int8 import PackedInt8
 
-__all__ = ["COLUMNS", "ROWS", "Packed", "linear", "pack", "product", "tile"]
+__all__ = [
+    "BLOCK_ROWS",
+    "COLUMNS",
+    "ROWS",
+    "Packed",
+    "block",
+    "linear",
+    "pack",
+    "product",
+    "rows_together",
+    "tile",
+]
 
 _FEATURES = llvmlite.binding.get_host_cpu_features()
 _WIDE = bool(_FEATURES.get("avx512f"))
@@ -50,6 +62,8 @@ ROWS = 12 if _WIDE else 6
 _VECTORS = 2 if _WIDE else 1
 COLUMNS = _VECTORS * LANES
 """Outputs of a panel."""
+BLOCK_ROWS = max(ROWS, amx.ROWS if amx.AVAILABLE else 0)
+"""Rows of a `block` at most."""
 
 _ALIGN = 64
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -181,6 +195,40 @@ class _Tile:
             y = builder.add(y, y_stride)
 
 
+def _call(write: Callable[[Any, bool, bool], Any], sig: Any, context: Any, builder: Any, args: Any) -> Any:
+    """Call the function that ``write(module, narrow, rounded)`` has written, with addresses and bytes."""
+    rows, x, at_x, x_stride, w, at_w, bias, at_bias, words, y, at_y, y_stride, *rest = args
+    narrow, rounded = (sig.args[position].dtype == types.uint16 for position in (1, 9))
+
+    def start(position: int, array: Any, index: Any) -> Any:
+        return builder.ptrtoint(element_pointer(context, builder, sig.args[position], array, index), _I64)
+
+    each = (
+        rows,
+        start(1, x, at_x),
+        builder.mul(x_stride, _I64(2 if narrow else 4)),
+        start(4, w, at_w),
+        start(6, bias, at_bias),
+        words,
+        start(9, y, at_y),
+        builder.mul(y_stride, _I64(2 if rounded else 4)),
+        *rest,
+    )
+    function = write(builder.module, narrow, rounded)
+    builder.call(function, each[: len(function.args)])
+    return context.get_dummy_value()
+
+
+def _write_tile(module: Any, narrow: bool, rounded: bool) -> Any:
+    return _Tile(narrow, rounded).function(module)
+
+
+def _write_block(module: Any, narrow: bool, rounded: bool) -> Any:
+    if narrow and amx.AVAILABLE:
+        return amx.function(module, rounded)
+    return _write_tile(module, narrow, rounded)
+
+
 @intrinsic
 def tile(typingctx, rows, x, at_x, x_stride, w, at_w, bias, at_bias, words, y, at_y, y_stride):  # type: ignore[no-untyped-def]
     """``y[r, c] = bias[c] + sum of x[r, k] * w[k, c]`` for 1 to `ROWS` rows and one panel of columns.
@@ -188,30 +236,31 @@ def tile(typingctx, rows, x, at_x, x_stride, w, at_w, bias, at_bias, words, y, a
     x, w and y are flat arrays, float32 or (as uint16) bfloat16, bias is float32. ``at_`` is where each begins
     and ``_stride`` how far apart two rows are, in elements; ``words`` counts the inputs in fours of bytes.
     """
-    narrow, rounded = (one.dtype == types.uint16 for one in (x, y))
-
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        rows, x, at_x, x_stride, w, at_w, bias, at_bias, words, y, at_y, y_stride = args
-
-        def start(position, array, index):  # type: ignore[no-untyped-def]
-            return builder.ptrtoint(element_pointer(context, builder, sig.args[position], array, index), _I64)
-
-        size_x, size_y = _I64(2 if narrow else 4), _I64(2 if rounded else 4)
-        each = (
-            rows,
-            start(1, x, at_x),
-            builder.mul(x_stride, size_x),
-            start(4, w, at_w),
-            start(6, bias, at_bias),
-            words,
-            start(9, y, at_y),
-            builder.mul(y_stride, size_y),
-        )
-        builder.call(_Tile(narrow, rounded).function(builder.module), each)
-        return context.get_dummy_value()
-
     i = types.int64
-    return types.void(i, x, i, i, w, i, bias, i, i, y, i, i), codegen
+    kind = types.void(i, x, i, i, w, i, bias, i, i, y, i, i)
+    return kind, lambda context, builder, sig, args: _call(_write_tile, sig, context, builder, args)
+
+
+@intrinsic
+def block(typingctx, rows, x, at_x, x_stride, w, at_w, bias, at_bias, words, y, at_y, y_stride, cold):  # type: ignore[no-untyped-def]
+    """As `tile`, for as many rows as `rows_together` says, in matrix registers where there are some.
+
+    ``cold`` tells whether it is the first with this panel.
+    `amx.SLACK` rows behind the last one of ``x`` may be read, and the thread has called `amx.configure`.
+    """
+    i = types.int64
+    kind = types.void(i, x, i, i, w, i, bias, i, i, y, i, i, i)
+    return kind, lambda context, builder, sig, args: _call(_write_block, sig, context, builder, args)
+
+
+@numba.njit
+def rows_together(left, x):  # type: ignore[no-untyped-def]
+    """How many of the rows left a `block` takes."""
+    if amx.AVAILABLE and x.itemsize == 2:
+        return min(left, amx.ROWS)
+    # Tiles of nearly the same height: a short last one would leave most registers idle.
+    tiles = (left + ROWS - 1) // ROWS
+    return (left + tiles - 1) // tiles
 
 
 @numba.njit
@@ -219,17 +268,16 @@ def product(panel, rows, x, x_stride, w, bias, places, words, y, y_stride, spare
     """One panel's columns of ``x @ w.T + bias`` for all rows; ``spare`` has room for a tile."""
     place, count = places[2 * panel], places[2 * panel + 1]
     start = panel * words * COLUMNS * (4 // x.itemsize)
-    tiles = (rows + ROWS - 1) // ROWS
     row = 0
-    for i in range(tiles):
-        # Tiles of nearly the same height: a short last one would leave most registers idle.
-        many = rows // tiles + (i < rows % tiles)
+    while row < rows:
+        many = rows_together(rows - row, x)
         at = row * x_stride
         if count == COLUMNS:
             to = row * y_stride + place
-            tile(many, x, at, x_stride, w, start, bias, panel * COLUMNS, words, y, to, y_stride)
+            block(many, x, at, x_stride, w, start, bias, panel * COLUMNS, words, y, to, y_stride, row == 0)
         else:
-            tile(many, x, at, x_stride, w, start, bias, panel * COLUMNS, words, spare, 0, COLUMNS)
+            block(many, x, at, x_stride, w, start, bias, panel * COLUMNS, words, spare, 0, COLUMNS,
+                  row == 0)  # fmt: skip
             for r in range(many):
                 for c in range(count):
                     y[(row + r) * y_stride + place + c] = spare[r * COLUMNS + c]
@@ -245,14 +293,16 @@ def _linear_loop(pointer, dtype, out):  # type: ignore[no-untyped-def]
     bias = array(a[4], panels * COLUMNS, np.float32)
     places = array(a[5], 2 * panels, np.int64)
     y = array(a[6], rows * y_stride, out)
-    spare = np.empty(ROWS * COLUMNS, out)
+    spare = np.empty(BLOCK_ROWS * COLUMNS, out)
     group = together(rows, panels)
+    amx.configure()
     while True:
         first = take(a, 0) * group
         if first >= panels:
             break
         for panel in range(first, min(first + group, panels)):
             product(panel, rows, x, x_stride, w, bias, places, words, y, y_stride, spare)
+    amx.release()
 
 
 @numba.cfunc(SIGNATURE, cache=True)
@@ -334,6 +384,8 @@ def linear(x: torch.Tensor, weight: Packed | PackedInt8, dtype: torch.dtype | No
     if x.shape[1] % (4 // x.itemsize):
         x = F.pad(x, (0, 1))
     x = x.contiguous()
+    if amx.AVAILABLE and x.dtype == torch.bfloat16:
+        x = F.pad(x, (0, 0, 0, amx.SLACK))
     if x.dtype == torch.float32:
         compiled = _linear_f32
     else:
@@ -346,7 +398,7 @@ def linear(x: torch.Tensor, weight: Packed | PackedInt8, dtype: torch.dtype | No
         weight.bias.data_ptr(),
         weight.places.data_ptr(),
         y.data_ptr(),
-        x.shape[0],
+        y.shape[0],
         x.shape[1],
         weight.words,
         weight.outputs,

@@ -17,8 +17,9 @@ import torch
 
 from daskllm.engine.batch import BLOCK_SIZE, Batch
 from daskllm.engine.kernels import padded_head_dim
+from daskllm.engine.kernels.cpu import amx
 from daskllm.engine.kernels.cpu.attention import attend, attention_scratch
-from daskllm.engine.kernels.cpu.gemm import COLUMNS, ROWS, product, tile
+from daskllm.engine.kernels.cpu.gemm import BLOCK_ROWS, COLUMNS, block, product, rows_together
 from daskllm.engine.kernels.cpu.rope import rope_row
 from daskllm.engine.kernels.cpu.rows import ACTIVATIONS, activate_row, norm_row
 from daskllm.engine.kernels.cpu.simd import LANES, array, as_float
@@ -60,8 +61,9 @@ PHASES = ("norm", "qkv", "rope", "attention", "o", "norm", "mlp", "down")
 
 _ROOMS = ("normed", "qkv", "q", "mixed", "inner", "delta")
 """What lies between the operations, in the order of the arguments' fields."""
-_CHUNK = 96
-"""Rows that a product takes at a time: few enough to stay in a core's cache while all panels pass."""
+_CHUNK = 256 if amx.AVAILABLE else 96
+"""Rows that a product takes at a time: few enough to stay in a core's cache while all panels pass. Matrix
+registers are so fast that weights read again for more rows cost more than rows read from the second cache."""
 
 
 @numba.njit
@@ -122,13 +124,13 @@ def _mlp(a, phase, counters, table, at, spare, scratch, dtype):  # type: ignore[
         first, last = item // groups * rows // a[CHUNKS], (item // groups + 1) * rows // a[CHUNKS]
         begin = item % groups * group
         for panel in range(begin, min(begin + group, each)):
-            row, tiles = first, (last - first + ROWS - 1) // ROWS
-            for i in range(tiles):
-                many = (last - row + tiles - i - 1) // (tiles - i)
+            row = first
+            while row < last:
+                many = rows_together(last - row, x)
                 for half in range(1 + gated):
                     p = panel + half * each
-                    tile(many, x, row * size, size, w, p * size * COLUMNS, bias, p * COLUMNS, words,
-                         spare, half * COLUMNS, 2 * COLUMNS)  # fmt: skip
+                    block(many, x, row * size, size, w, p * size * COLUMNS, bias, p * COLUMNS, words,
+                          spare, half * COLUMNS, 2 * COLUMNS, row == first)  # fmt: skip
                 for r in range(many):
                     to = (row + r) * a[INNER] + places[2 * panel]
                     columns = places[2 * panel + 1]
@@ -196,10 +198,11 @@ def stack_loop(pointer, dtype, rope, attention, attention_scratch):  # type: ign
     team = team_size(a[TEAM_AT])
     begin(clock)
     heads, kv_heads, size = a[HEADS], a[KV_HEADS], a[SIZE]
-    spare = np.empty(2 * ROWS * COLUMNS, dtype)
+    spare = np.empty(2 * BLOCK_ROWS * COLUMNS, dtype)
     lanes = np.zeros(max(size, LANES), np.float32)
     scratch = attention_scratch(heads // kv_heads, size, a[PADDED], dtype)
     hidden, give_way = a[HIDDEN], a[YIELD_AT]
+    amx.configure()
     for layer in range(a[LAYERS]):
         at, phase = layer * LAYER_FIELDS, layer * len(PHASES)
         delta = a[DELTA_AT] if layer else 0
@@ -223,6 +226,7 @@ def stack_loop(pointer, dtype, rope, attention, attention_scratch):  # type: ign
         meet(counters, phase + 6, team, give_way, clock, times, 6)
         _product(a, phase + 7, counters, table, at + DOWN, a[INNER_AT], a[INNER], y, hidden, spare, dtype)
         meet(counters, phase + 7, team, give_way, clock, times, 7)
+    amx.release()
 
 
 @numba.cfunc(SIGNATURE, cache=True)
@@ -312,7 +316,7 @@ class Stack:
 
     def _buffers(self, rows: int) -> dict[str, torch.Tensor]:
         """What lies between the operations, for so many rows; kept, since fresh memory costs page faults."""
-        if not self._room or len(self._room["delta"]) < rows:
+        if not self._room or len(self._room["delta"]) < rows + amx.SLACK:
             self._room = self._made(rows)
         return self._room
 
@@ -322,7 +326,7 @@ class Stack:
         qkv = heads + 2 * config.num_kv_heads * config.head_dim
         widths = (hidden, qkv, heads, heads, config.intermediate_size, hidden)
         return {
-            name: torch.empty((rows, width), dtype=self._dtype)
+            name: torch.empty((rows + amx.SLACK, width), dtype=self._dtype)
             for name, width in zip(_ROOMS, widths, strict=True)
         }
 

@@ -1,0 +1,216 @@
+"""Tiles of bfloat16 products in a CPU's matrix registers (Intel AMX).
+
+It owns the tile registers: how they are shaped, filled and multiplied. A panel of `gemm` is already what the
+instruction wants on its right side, two inputs of sixteen columns in every 64 bytes. Sixteen rows of inputs
+are the left side; rows that there are none of are multiplied as well and forgotten, so that one shape of
+registers serves every product. An instruction adds 32 inputs of a row in an order of its own, the same for
+each row, so that here too a row's bits do not depend on its company.
+
+Source of the instructions and of the layout of their configuration: Intel 64 and IA-32 Architectures Software
+Developer's Manual, volume 1, chapter 18.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import sys
+from typing import Any
+
+import llvmlite.binding
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from daskllm.engine.kernels.cpu.simd import LANES, VECTOR, round_to_bfloat16
+
+__all__ = ["AVAILABLE", "DENIED", "ROWS", "SLACK", "configure", "function", "release"]
+
+_HEIGHT = 16
+"""Rows of a register, of 64 bytes each."""
+ROWS = 2 * _HEIGHT
+"""Rows at most that are multiplied with a panel at once: with 32 columns, four registers hold sums."""
+SLACK = _HEIGHT - 1
+"""Rows that may be read behind the last one, whatever they are."""
+
+_COLUMNS = 2 * LANES
+_LINE = 64
+_PANEL = 4 * _COLUMNS  # bytes of a panel for two inputs
+_AHEAD = 8192
+"""Bytes that weights are fetched ahead. Two Emerald Rapids cores read 12 GB/s without it, 20 GB/s with it."""
+_LEFT, _RIGHT = (4, 5), (6, 7)  # registers; 0 to 3 hold the sums, two beside each other for sixteen rows
+
+_I8, _I16, _I64 = ir.IntType(8), ir.IntType(16), ir.IntType(64)
+_VH = ir.VectorType(_I16, LANES)
+_BYTES = _I8.as_pointer()
+
+_ARCH_REQ_XCOMP_PERM, _XTILEDATA = 0x1023, 18  # https://docs.kernel.org/arch/x86/xstate.html
+_SYS_ARCH_PRCTL = 158
+
+
+def _present() -> bool:
+    """Whether the machine has the instructions."""
+    features = llvmlite.binding.get_host_cpu_features()
+    here = sys.platform == "linux" and platform.machine() == "x86_64"
+    return here and all(features.get(name) for name in ("amx-bf16", "amx-tile", "avx512f"))
+
+
+def _granted() -> bool:
+    """Whether the kernel lets this process use the registers, which it wants to be asked for once."""
+    return ctypes.CDLL(None).syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA) == 0
+
+
+AVAILABLE = _present()
+"""Whether bfloat16 products are done here."""
+DENIED = AVAILABLE and not _granted()
+"""The machine has the instructions, which compiled kernels in the cache use, but they would fail here."""
+
+
+def _instruction(builder: Any, name: str, *arguments: Any) -> None:
+    kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
+    builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.{name}"), arguments)
+
+
+def _pointer(builder: Any, address: Any, offset: int = 0) -> Any:
+    return builder.inttoptr(builder.add(address, _I64(offset)), _BYTES)
+
+
+def _load(builder: Any, register: int, address: Any, stride: Any, offset: int = 0) -> None:
+    _instruction(builder, "tileloadd64", _I8(register), _pointer(builder, address, offset), stride)
+
+
+def _shape(builder: Any, words: Any) -> None:
+    """Shape the registers for so many fours of bytes of each row of inputs, 1 to 16; sums become zero."""
+    room = cgutils.alloca_once(builder, ir.ArrayType(_I8, _LINE))
+    start = builder.bitcast(room, _BYTES)
+    builder.store(ir.Constant(ir.ArrayType(_I8, _LINE), [1] + [0] * (_LINE - 1)), room)  # palette 1
+    height, width = builder.trunc(words, _I8), builder.trunc(builder.mul(words, _I64(4)), _I16)
+    for register in range(8):
+        columns = builder.bitcast(builder.gep(start, [_I64(16 + 2 * register)]), _I16.as_pointer())
+        builder.store(width if register in _LEFT else _I16(_LINE), columns)
+        rows = builder.gep(start, [_I64(48 + register)])
+        builder.store(height if register in _RIGHT else _I8(_HEIGHT), rows)
+    _instruction(builder, "ldtilecfg", start)
+
+
+def _fetch(builder: Any, address: Any) -> None:
+    """Have a line of memory brought into the second cache."""
+    i32 = ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [_BYTES, i32, i32, i32])
+    fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    read, second, data = i32(0), i32(2), i32(1)
+    builder.call(fetch, (address, read, second, data))
+
+
+def _step(builder: Any, halves: int, x: Any, x_stride: Any, panel: Any, cold: bool = False) -> None:
+    """Sums of 32 inputs, or of fewer where the registers are shaped so."""
+    for half in range(halves):
+        begin = builder.add(x, builder.mul(x_stride, _I64(half * _HEIGHT)))
+        _load(builder, _LEFT[half], begin, x_stride)
+    if cold:
+        for line in range(LANES * _PANEL // _LINE):
+            _fetch(builder, _pointer(builder, panel, _AHEAD + line * _LINE))
+    for side in range(2):
+        _load(builder, _RIGHT[side], panel, _I64(_PANEL), side * _LINE)
+    for half in range(halves):
+        for side in range(2):
+            numbers = _I8(2 * half + side), _I8(_LEFT[half]), _I8(_RIGHT[side])
+            _instruction(builder, "tdpbf16ps", *numbers)
+
+
+def _sums(builder: Any, halves: int, name: str, address: Any) -> None:
+    """Load or store the sums, ``[16 * halves, 32]`` of float32."""
+    for half in range(halves):
+        for side in range(2):
+            place = _pointer(builder, address, half * _HEIGHT * _PANEL + side * _LINE)
+            _instruction(builder, name, _I8(2 * half + side), place, _I64(_PANEL))
+
+
+def _products(builder: Any, halves: int, cold: bool, x: Any, x_stride: Any, w: Any, bias: Any, words: Any,
+              room: Any) -> None:  # fmt: skip
+    """Sums of all inputs into ``room``."""
+    for half in range(halves):
+        for side in range(2):
+            _load(builder, 2 * half + side, bias, _I64(0), side * _LINE)
+    whole, rest = builder.udiv(words, _I64(LANES)), builder.urem(words, _I64(LANES))
+    with cgutils.for_range(builder, whole) as loop:
+        panel = builder.add(w, builder.mul(loop.index, _I64(LANES * _PANEL)))
+        _step(builder, halves, builder.add(x, builder.mul(loop.index, _I64(_LINE))), x_stride, panel, cold)
+    _sums(builder, halves, "tilestored64", room)
+    with cgutils.if_unlikely(builder, builder.icmp_unsigned(">", rest, _I64(0))):
+        _shape(builder, rest)
+        _sums(builder, halves, "tileloadd64", room)
+        done = builder.mul(whole, _I64(_LINE))
+        panel = builder.add(w, builder.mul(done, _I64(_PANEL // 4)))
+        _step(builder, halves, builder.add(x, done), x_stride, panel)
+        _sums(builder, halves, "tilestored64", room)
+        _shape(builder, _I64(LANES))
+
+
+def function(module: Any, rounded: bool) -> Any:
+    """``(rows, x, x_stride, w, bias, words, y, y_stride, cold)`` of 1 to `ROWS` rows and a panel of `gemm`.
+
+    Addresses and strides are in bytes. The registers are shaped by `configure`. ``rounded``: y is bfloat16;
+    ``cold``: the panel is not in a cache yet.
+    """
+    name = f"daskllm_amx_{'bf16' if rounded else 'f32'}"
+    kind = ir.FunctionType(ir.VoidType(), [_I64] * 9)
+    made = cgutils.get_or_insert_function(module, kind, name)
+    if made.blocks:
+        return made
+    made.linkage = "internal"
+    made.attributes.add("noinline")
+    builder = ir.IRBuilder(made.append_basic_block())
+    rows, x, x_stride, w, bias, words, y, y_stride, cold = made.args
+    room = builder.ptrtoint(builder.alloca(ir.ArrayType(ir.FloatType(), ROWS * _COLUMNS)), _I64)
+    after = made.append_basic_block("after")
+    first = builder.icmp_signed("!=", cold, _I64(0))
+    tall = builder.icmp_unsigned(">", rows, _I64(_HEIGHT))
+    for halves, fetched in ((1, True), (1, False), (2, True), (2, False)):
+        this = builder.and_(
+            tall if halves == 2 else builder.not_(tall), first if fetched else builder.not_(first)
+        )
+        with builder.if_then(this):
+            _products(builder, halves, fetched, x, x_stride, w, bias, words, room)
+            builder.branch(after)
+    builder.unreachable()
+    builder.position_at_end(after)
+    with cgutils.for_range(builder, rows) as loop:
+        line = builder.add(room, builder.mul(loop.index, _I64(_PANEL)))
+        to = builder.add(y, builder.mul(loop.index, y_stride))
+        for side in range(2):
+            place = builder.bitcast(_pointer(builder, line, side * _LINE), VECTOR.as_pointer())
+            value = builder.load(place, align=4)
+            if rounded:
+                value, kind, size = round_to_bfloat16(builder, value), _VH, 2
+            else:
+                kind, size = VECTOR, 4
+            into = builder.bitcast(_pointer(builder, to, side * size * LANES), kind.as_pointer())
+            builder.store(value, into, align=size)
+    builder.ret_void()
+    return made
+
+
+@intrinsic
+def configure(typingctx):  # type: ignore[no-untyped-def]
+    """Shape this thread's registers for `function`; nothing where there are none."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        if AVAILABLE:
+            _shape(builder, _I64(LANES))
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def release(typingctx):  # type: ignore[no-untyped-def]
+    """Give this thread's registers back: the system need not save them when it changes threads."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        if AVAILABLE:
+            _instruction(builder, "tilerelease")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
