@@ -23,7 +23,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from daskllm.engine.kernels.cpu.simd import LANES, VECTOR, round_to_bfloat16
+from daskllm.engine.kernels.cpu.simd import LANES, VECTOR, round_to_bfloat16, write_fetch
 
 __all__ = ["AVAILABLE", "DENIED", "ROWS", "SLACK", "configure", "function", "release"]
 
@@ -94,15 +94,6 @@ def _shape(builder: Any, words: Any) -> None:
     _instruction(builder, "ldtilecfg", start)
 
 
-def _fetch(builder: Any, address: Any) -> None:
-    """Have a line of memory brought into the second cache."""
-    i32 = ir.IntType(32)
-    kind = ir.FunctionType(ir.VoidType(), [_BYTES, i32, i32, i32])
-    fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    read, second, data = i32(0), i32(2), i32(1)
-    builder.call(fetch, (address, read, second, data))
-
-
 def _step(builder: Any, halves: int, x: Any, x_stride: Any, panel: Any, cold: bool = False) -> None:
     """Sums of 32 inputs, or of fewer where the registers are shaped so."""
     for half in range(halves):
@@ -110,7 +101,7 @@ def _step(builder: Any, halves: int, x: Any, x_stride: Any, panel: Any, cold: bo
         _load(builder, _LEFT[half], begin, x_stride)
     if cold:
         for line in range(LANES * _PANEL // _LINE):
-            _fetch(builder, _pointer(builder, panel, _AHEAD + line * _LINE))
+            write_fetch(builder, _pointer(builder, panel, _AHEAD + line * _LINE))
     for side in range(2):
         _load(builder, _RIGHT[side], panel, _I64(_PANEL), side * _LINE)
     for half in range(halves):

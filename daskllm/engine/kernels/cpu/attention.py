@@ -11,6 +11,7 @@ from daskllm.engine.kernels.cpu.simd import (
     LANES,
     array,
     as_float,
+    fetch,
     store,
     vadd,
     vblend,
@@ -29,6 +30,7 @@ from daskllm.engine.kernels.cpu.team import SIGNATURE, take
 
 __all__ = ["MASKED", "attend", "attention_bf16", "attention_f32", "attention_scratch"]
 
+LINE_BYTES = 64
 MASKED = np.float32(-1e30)
 """The score of a key that a row does not see."""
 
@@ -91,6 +93,13 @@ def _weigh(weights, values, base, mixed, alphas, rows, keys, padded, zeros, part
 
 
 @numba.njit
+def _fetch_block(cache, start, width):  # type: ignore[no-untyped-def]
+    """Blocks lie anywhere, so that no CPU guesses which one is read next."""
+    for i in range(start, start + width * BLOCK_SIZE, LINE_BYTES // cache.itemsize):
+        fetch(cache, i)
+
+
+@numba.njit
 def attention_scratch(group, size, padded, dtype):  # type: ignore[no-untyped-def]
     """Room for one thread's `attend`."""
     rows = TILE * group
@@ -129,8 +138,13 @@ def attend(  # type: ignore[no-untyped-def]
     end = position + count
     begin = max(0, position - window + 1) if window else 0
     words = size * keys.itemsize // 4
-    for j in range(begin // BLOCK_SIZE, (end + BLOCK_SIZE - 1) // BLOCK_SIZE):
+    last = (end + BLOCK_SIZE - 1) // BLOCK_SIZE
+    for j in range(begin // BLOCK_SIZE, last):
         base = (tables[table + j] * kv_heads + head) * BLOCK_SIZE
+        if j + 1 < last:
+            following = (tables[table + j + 1] * kv_heads + head) * BLOCK_SIZE
+            _fetch_block(keys, following * size, size)
+            _fetch_block(values, following * padded, padded)
         for first in range(0, BLOCK_SIZE, COLUMNS):
             key = (base + first) * size
             _products(rows, queries, size, keys, key, zeros, words, scores, first, BLOCK_SIZE)

@@ -35,7 +35,7 @@ from daskllm.engine.kernels.cpu.simd import (
     vstore,
     vsub,
 )
-from daskllm.engine.kernels.cpu.team import SIGNATURE, take
+from daskllm.engine.kernels.cpu.team import SIGNATURE, neighbours, take
 from daskllm.engine.kernels.cpu.vnni import BLOCK_ROWS, dot_rows
 from daskllm.engine.kernels.int8 import SCALE_BYTES
 
@@ -295,14 +295,16 @@ def _rope_loop(pointer, dtype):  # type: ignore[no-untyped-def]
     q_norm = array(a[10], size if a[10] else 0, dtype)
     k_norm = array(a[11], size if a[11] else 0, dtype)
     scratch = np.empty(size, np.float32)
+    many = neighbours(rows)
     while True:
-        item = take(a, 0)
-        if item >= rows:
+        first = take(a, 0) * many
+        if first >= rows:
             break
-        rope_row(
-            item, qkv, q, keys, key_scales, values, value_scales, positions, slots, cos, sin, q_norm, k_norm,
-            as_float(a[12]), heads, kv_heads, size, padded, scratch,
-        )  # fmt: skip
+        for item in range(first, min(first + many, rows)):
+            rope_row(
+                item, qkv, q, keys, key_scales, values, value_scales, positions, slots, cos, sin, q_norm,
+                k_norm, as_float(a[12]), heads, kv_heads, size, padded, scratch,
+            )  # fmt: skip
 
 
 @numba.cfunc(SIGNATURE, cache=True)

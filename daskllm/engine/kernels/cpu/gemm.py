@@ -31,6 +31,7 @@ from daskllm.engine.kernels.cpu import amx
 from daskllm.engine.kernels.cpu.simd import (
     LANES,
     VECTOR,
+    BFloat,
     array,
     element_pointer,
     round_to_bfloat16,
@@ -70,20 +71,7 @@ _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _VI, _VH = ir.VectorType(_I32, LANES), ir.VectorType(_I16, LANES)
 
 
-class _BFloat(ir.Type):
-    """LLVM's ``bfloat``, which llvmlite has no name for."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat)
-
-
-_PAIRS = ir.VectorType(_BFloat(), 2 * LANES)
+_PAIRS = ir.VectorType(BFloat(), 2 * LANES)
 
 
 def _at(builder: Any, address: Any, kind: Any, offset: int = 0) -> Any:

@@ -30,7 +30,7 @@ from daskllm.engine.kernels.cpu.simd import (
     vstore,
     vsub,
 )
-from daskllm.engine.kernels.cpu.team import SIGNATURE, address, run, take, together
+from daskllm.engine.kernels.cpu.team import SIGNATURE, address, neighbours, run, take, together
 from daskllm.engine.kernels.cpu.vnni import TILE_COLUMNS, TILE_ROWS, dot_tile
 from daskllm.engine.kernels.int8 import quantised
 
@@ -199,11 +199,13 @@ def _quantise_loop(pointer, dtype):  # type: ignore[no-untyped-def]
     rows, size = a[1], a[6]
     x, q = array(a[2], rows * size, dtype), array(a[3], rows * padded_inputs(size), np.int8)
     scales, minus = array(a[4], rows, np.float32), array(a[5], rows, np.int32)
+    many = neighbours(rows)
     while True:
-        row = take(a, 0)
-        if row >= rows:
+        first = take(a, 0) * many
+        if first >= rows:
             break
-        quantise_row(x, row, size, q, scales, minus)
+        for row in range(first, min(first + many, rows)):
+            quantise_row(x, row, size, q, scales, minus)
 
 
 @numba.cfunc(SIGNATURE, cache=True)

@@ -15,8 +15,20 @@ import numpy as np
 from daskllm.engine.batch import BLOCK_SIZE
 from daskllm.engine.kernels.cpu.gemm import COLUMNS
 from daskllm.engine.kernels.cpu.rows import sum_of_squares
-from daskllm.engine.kernels.cpu.simd import array, as_float, load, store
-from daskllm.engine.kernels.cpu.team import SIGNATURE, take
+from daskllm.engine.kernels.cpu.simd import (
+    LANES,
+    array,
+    as_float,
+    load,
+    store,
+    vadd,
+    vload,
+    vmul,
+    vsplat,
+    vstore,
+    vsub,
+)
+from daskllm.engine.kernels.cpu.team import SIGNATURE, neighbours, take
 
 __all__ = ["rope_bf16", "rope_f32", "rope_row", "turned_head"]
 
@@ -28,17 +40,27 @@ def turned_head(source, start, weight, eps, cos, sin, angle, size, scratch):  # 
     if weight.size:
         square = sum_of_squares(source, start, size, np.float32(0)) / np.float32(size)
         scale = np.float32(1) / np.float32(math.sqrt(square + eps))
-    for i in range(size):
+    whole = size // LANES * LANES
+    for i in range(0, whole, LANES):
+        x = vmul(vload(source, start + i), vsplat(scale))
+        vstore(scratch, i, vmul(x, vload(weight, i)) if weight.size else x)
+    for i in range(whole, size):
         scratch[i] = load(source, start + i) * scale
         if weight.size:
             scratch[i] *= load(weight, i)
     if cos.size:
         half = size // 2
-        for i in range(half):
-            x, y = scratch[i], scratch[half + i]
-            c, s = cos[angle + i], sin[angle + i]
-            scratch[i] = x * c - y * s
-            scratch[half + i] = y * c + x * s
+        whole = half // LANES * LANES
+        for i in range(0, whole, LANES):
+            x, y = vload(scratch, i), vload(scratch, half + i)
+            c, s = vload(cos, angle + i), vload(sin, angle + i)
+            vstore(scratch, i, vsub(vmul(x, c), vmul(y, s)))
+            vstore(scratch, half + i, vadd(vmul(y, c), vmul(x, s)))
+        for i in range(whole, half):
+            x1, y1 = scratch[i], scratch[half + i]
+            c1, s1 = cos[angle + i], sin[angle + i]
+            scratch[i] = x1 * c1 - y1 * s1
+            scratch[half + i] = y1 * c1 + x1 * s1
 
 
 @numba.njit
@@ -74,8 +96,11 @@ def rope_row(  # type: ignore[no-untyped-def]
     angle = positions[item] * (size // 2)
     for h in range(heads):
         turned_head(qkv, item * width + h * size, q_norm, eps, cos, sin, angle, size, scratch)
-        for i in range(size):
-            store(q, (item * heads + h) * size + i, scratch[i])
+        to, whole = (item * heads + h) * size, size // LANES * LANES
+        for i in range(0, whole, LANES):
+            vstore(q, to + i, vload(scratch, i))
+        for i in range(whole, size):
+            store(q, to + i, scratch[i])
     block, offset = slots[item] // BLOCK_SIZE, slots[item] % BLOCK_SIZE
     for h in range(kv_heads):
         start = item * width + (heads + h) * size
@@ -101,14 +126,16 @@ def _rope_loop(pointer, dtype):  # type: ignore[no-untyped-def]
     q_norm = array(a[10], size if a[10] else 0, dtype)
     k_norm = array(a[11], size if a[11] else 0, dtype)
     scratch = np.empty(size, np.float32)
+    many = neighbours(rows)
     while True:
-        item = take(a, 0)
-        if item >= rows:
+        first = take(a, 0) * many
+        if first >= rows:
             break
-        rope_row(
-            item, qkv, q, keys, values, positions, slots, cos, sin, q_norm, k_norm, as_float(a[12]),
-            heads, kv_heads, size, padded, scratch,
-        )  # fmt: skip
+        for item in range(first, min(first + many, rows)):
+            rope_row(
+                item, qkv, q, keys, values, positions, slots, cos, sin, q_norm, k_norm, as_float(a[12]),
+                heads, kv_heads, size, padded, scratch,
+            )  # fmt: skip
 
 
 @numba.cfunc(SIGNATURE, cache=True)

@@ -26,7 +26,7 @@ from daskllm.engine.kernels.cpu.simd import (
     vstore,
     vsub,
 )
-from daskllm.engine.kernels.cpu.team import SIGNATURE, address, float_bits, run, take
+from daskllm.engine.kernels.cpu.team import SIGNATURE, address, float_bits, neighbours, run, take
 
 __all__ = ["ACTIVATIONS", "activate", "activate_row", "add_norm", "norm_row", "sum_of_squares"]
 
@@ -65,15 +65,22 @@ def _sum(row, start, size):  # type: ignore[no-untyped-def]
 def norm_row(item, delta, residual, out, weight, bias, size, eps, layer_norm):  # type: ignore[no-untyped-def]
     """One row of `add_norm`."""
     start = item * size
+    whole = size // LANES * LANES
     if delta.size:
-        for i in range(size):
+        for i in range(0, whole, LANES):
+            vstore(residual, start + i, vadd(vload(residual, start + i), vload(delta, start + i)))
+        for i in range(whole, size):
             store(residual, start + i, load(residual, start + i) + load(delta, start + i))
     mean = np.float32(0)
     if layer_norm:
         mean = _sum(residual, start, size) / np.float32(size)
     variance = sum_of_squares(residual, start, size, mean) / np.float32(size)
     scale = np.float32(1) / np.float32(math.sqrt(variance + eps))
-    for i in range(size):
+    centre, factor = vsplat(mean), vsplat(scale)
+    for i in range(0, whole, LANES):
+        y = vmul(vmul(vsub(vload(residual, start + i), centre), factor), vload(weight, i))
+        vstore(out, start + i, vadd(y, vload(bias, i)) if bias.size else y)
+    for i in range(whole, size):
         x = (load(residual, start + i) - mean) * scale * load(weight, i)
         if bias.size:
             x += load(bias, i)
@@ -89,11 +96,13 @@ def _norm_loop(pointer, dtype):  # type: ignore[no-untyped-def]
     out = array(a[4], rows * size, dtype)
     weight = array(a[5], size, dtype)
     bias = array(a[6], size if a[6] else 0, dtype)
+    many = neighbours(rows)
     while True:
-        item = take(a, 0)
-        if item >= rows:
+        first = take(a, 0) * many
+        if first >= rows:
             break
-        norm_row(item, delta, residual, out, weight, bias, size, as_float(a[8]), a[9] != 0)
+        for item in range(first, min(first + many, rows)):
+            norm_row(item, delta, residual, out, weight, bias, size, as_float(a[8]), a[9] != 0)
 
 
 @numba.cfunc(SIGNATURE, cache=True)
@@ -198,11 +207,13 @@ def _activate_loop(pointer, dtype):  # type: ignore[no-untyped-def]
     width = size * (1 + gated)
     source, out = array(a[2], rows * width, dtype), array(a[3], rows * size, dtype)
     scratch = np.zeros(LANES, np.float32)
+    many = neighbours(rows)
     while True:
-        item = take(a, 0)
-        if item >= rows:
+        first = take(a, 0) * many
+        if first >= rows:
             break
-        activate_row(source, item * width, gated * size, out, item * size, size, a[5], scratch)
+        for item in range(first, min(first + many, rows)):
+            activate_row(source, item * width, gated * size, out, item * size, size, a[5], scratch)
 
 
 @numba.cfunc(SIGNATURE, cache=True)

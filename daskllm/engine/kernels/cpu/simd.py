@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import llvmlite.binding
 import numba
 import numpy as np
 from llvmlite import ir
@@ -19,11 +20,14 @@ from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 __all__ = [
+    "BFLOATS",
     "LANES",
     "VECTOR",
+    "BFloat",
     "array",
     "as_float",
     "element_pointer",
+    "fetch",
     "load",
     "round_to_bfloat16",
     "store",
@@ -41,6 +45,7 @@ __all__ = [
     "vsplat",
     "vstore",
     "vsub",
+    "write_fetch",
 ]
 
 LANES = 16
@@ -50,6 +55,25 @@ VECTOR = ir.VectorType(_F32, LANES)
 _VI = ir.VectorType(_I32, LANES)
 _VH = ir.VectorType(ir.IntType(16), LANES)
 _VB = ir.VectorType(ir.IntType(8), LANES)
+
+
+_ROUNDS = bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16"))
+
+
+class BFloat(ir.Type):
+    """LLVM's ``bfloat``, which llvmlite has no name for."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BFloat)
+
+    def __hash__(self) -> int:
+        return hash(BFloat)
+
+
+BFLOATS = ir.VectorType(BFloat(), LANES)
 
 
 class Float32x16(types.Type):
@@ -100,7 +124,15 @@ def vsplat(typingctx, x):  # type: ignore[no-untyped-def]
 
 
 def round_to_bfloat16(builder: Any, value: Any) -> Any:
-    """The upper half of a float32 scalar or vector, rounded to nearest even; a NaN stays one."""
+    """The upper half of a float32 scalar or vector, rounded to nearest even; a NaN stays one.
+
+    Where there is an instruction for vectors, they are rounded by it: denormal numbers become zero.
+    """
+    if value.type == VECTOR and _ROUNDS:
+        kind = ir.FunctionType(BFLOATS, [VECTOR])
+        name = "llvm.x86.avx512bf16.cvtneps2bf16.512"
+        function = cgutils.get_or_insert_function(builder.module, kind, name)
+        return builder.bitcast(builder.call(function, (value,)), _VH)
     wide, narrow = (_VI, _VH) if value.type == VECTOR else (_I32, ir.IntType(16))
 
     def const(number: int) -> ir.Constant:
@@ -158,6 +190,28 @@ def vload(typingctx, array, index):  # type: ignore[no-untyped-def]
         return builder.bitcast(builder.shl(builder.zext(bits, _VI), _const(_VI, 16)), VECTOR)
 
     return f32x16(array, types.intp), codegen
+
+
+@intrinsic
+def fetch(typingctx, array, index):  # type: ignore[no-untyped-def]
+    """Have the 64 bytes around ``array[index]`` brought into the second cache while other work is done."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        pointer = builder.bitcast(
+            element_pointer(context, builder, sig.args[0], *args), ir.IntType(8).as_pointer()
+        )
+        write_fetch(builder, pointer)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), codegen
+
+
+def write_fetch(builder: Any, pointer: Any) -> None:
+    """Write the instruction of `fetch`."""
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    read, second_cache, data = _I32(0), _I32(2), _I32(1)
+    builder.call(function, (pointer, read, second_cache, data))
 
 
 @intrinsic

@@ -32,6 +32,7 @@ from daskllm.engine.kernels.cpu.team import (
     begin,
     float_bits,
     meet,
+    neighbours,
     start,
     take,
     team_size,
@@ -72,11 +73,13 @@ def _norm(a, phase, counters, delta_at, weight_at, bias_at, dtype):  # type: ign
     residual, out = array(a[RESIDUAL_AT], rows * size, dtype), array(a[NORMED_AT], rows * size, dtype)
     delta = array(delta_at, rows * size if delta_at else 0, dtype)
     weight, bias = array(weight_at, size, dtype), array(bias_at, size if bias_at else 0, dtype)
+    many = neighbours(rows)
     while True:
-        row = take(counters, phase * LINE)
-        if row >= rows:
+        first = take(counters, phase * LINE) * many
+        if first >= rows:
             break
-        norm_row(row, delta, residual, out, weight, bias, size, as_float(a[EPS]), a[LAYER_NORM] != 0)
+        for row in range(first, min(first + many, rows)):
+            norm_row(row, delta, residual, out, weight, bias, size, as_float(a[EPS]), a[LAYER_NORM] != 0)
 
 
 @numba.njit
@@ -152,14 +155,16 @@ def rope(a, phase, counters, table, layer, scratch, dtype):  # type: ignore[no-u
     cos, sin = array(a[COS_AT], angles, np.float32), array(a[SIN_AT], angles, np.float32)
     q_norm = array(table[layer + Q_NORM], size if table[layer + Q_NORM] else 0, dtype)
     k_norm = array(table[layer + K_NORM], size if table[layer + K_NORM] else 0, dtype)
+    many = neighbours(rows)
     while True:
-        row = take(counters, phase * LINE)
-        if row >= rows:
+        first = take(counters, phase * LINE) * many
+        if first >= rows:
             break
-        rope_row(
-            row, qkv, q, keys, values, positions, slots, cos, sin, q_norm, k_norm, as_float(a[EPS]),
-            heads, kv_heads, size, padded, scratch,
-        )  # fmt: skip
+        for row in range(first, min(first + many, rows)):
+            rope_row(
+                row, qkv, q, keys, values, positions, slots, cos, sin, q_norm, k_norm, as_float(a[EPS]),
+                heads, kv_heads, size, padded, scratch,
+            )  # fmt: skip
 
 
 @numba.njit

@@ -72,6 +72,7 @@ from daskllm.engine.kernels.cpu.team import (
     address,
     begin,
     meet,
+    neighbours,
     take,
     team_size,
     together,
@@ -108,12 +109,14 @@ def _norm(a, phase, counters, delta_at, weight_at, bias_at, dtype):  # type: ign
     delta = array(delta_at, rows * size if delta_at else 0, dtype)
     weight, bias = array(weight_at, size, dtype), array(bias_at, size if bias_at else 0, dtype)
     q, scales, minus = _inputs(a, size)
+    many = neighbours(rows)
     while True:
-        row = take(counters, phase * LINE)
-        if row >= rows:
+        first = take(counters, phase * LINE) * many
+        if first >= rows:
             break
-        norm_row(row, delta, residual, out, weight, bias, size, as_float(a[EPS]), a[LAYER_NORM] != 0)
-        quantise_row(out, row, size, q, scales, minus)
+        for row in range(first, min(first + many, rows)):
+            norm_row(row, delta, residual, out, weight, bias, size, as_float(a[EPS]), a[LAYER_NORM] != 0)
+            quantise_row(out, row, size, q, scales, minus)
 
 
 @numba.njit
@@ -121,11 +124,13 @@ def _quantise(a, phase, counters, x_at, size, dtype):  # type: ignore[no-untyped
     rows = a[ROWS_]
     x = array(x_at, rows * size, dtype)
     q, scales, minus = _inputs(a, size)
+    many = neighbours(rows)
     while True:
-        row = take(counters, phase * LINE)
-        if row >= rows:
+        first = take(counters, phase * LINE) * many
+        if first >= rows:
             break
-        quantise_row(x, row, size, q, scales, minus)
+        for row in range(first, min(first + many, rows)):
+            quantise_row(x, row, size, q, scales, minus)
 
 
 @numba.njit
@@ -134,12 +139,14 @@ def _activation(a, phase, counters, lanes, dtype):  # type: ignore[no-untyped-de
     width = size * (1 + gated)
     x, y = array(a[WIDE_AT], rows * width, dtype), array(a[INNER_AT], rows * size, dtype)
     q, scales, minus = _inputs(a, size)
+    many = neighbours(rows)
     while True:
-        row = take(counters, phase * LINE)
-        if row >= rows:
+        first = take(counters, phase * LINE) * many
+        if first >= rows:
             break
-        activate_row(x, row * width, gated * size, y, row * size, size, a[ACTIVATION], lanes)
-        quantise_row(y, row, size, q, scales, minus)
+        for row in range(first, min(first + many, rows)):
+            activate_row(x, row * width, gated * size, y, row * size, size, a[ACTIVATION], lanes)
+            quantise_row(y, row, size, q, scales, minus)
 
 
 @numba.njit

@@ -39,7 +39,7 @@ from daskllm.engine.kernels.cpu.stack import (
     Stack,
     stack_loop,
 )
-from daskllm.engine.kernels.cpu.team import LINE, SIGNATURE, take
+from daskllm.engine.kernels.cpu.team import LINE, SIGNATURE, neighbours, take
 
 __all__ = ["StackKV8", "attention", "rope"]
 
@@ -57,14 +57,16 @@ def rope(a, phase, counters, table, layer, scratch, dtype):  # type: ignore[no-u
     cos, sin = array(a[COS_AT], angles, np.float32), array(a[SIN_AT], angles, np.float32)
     q_norm = array(table[layer + Q_NORM], size if table[layer + Q_NORM] else 0, dtype)
     k_norm = array(table[layer + K_NORM], size if table[layer + K_NORM] else 0, dtype)
+    many = neighbours(rows)
     while True:
-        row = take(counters, phase * LINE)
-        if row >= rows:
+        first = take(counters, phase * LINE) * many
+        if first >= rows:
             break
-        rope_row(
-            row, qkv, q, keys, key_scales, values, value_scales, positions, slots, cos, sin, q_norm, k_norm,
-            as_float(a[EPS]), heads, kv_heads, size, padded, scratch,
-        )  # fmt: skip
+        for row in range(first, min(first + many, rows)):
+            rope_row(
+                row, qkv, q, keys, key_scales, values, value_scales, positions, slots, cos, sin, q_norm,
+                k_norm, as_float(a[EPS]), heads, kv_heads, size, padded, scratch,
+            )  # fmt: skip
 
 
 @numba.njit

@@ -32,6 +32,7 @@ __all__ = [
     "begin",
     "float_bits",
     "meet",
+    "neighbours",
     "run",
     "start",
     "take",
@@ -117,6 +118,16 @@ def together(rows, panels):  # type: ignore[no-untyped-def]
     than where two threads take turns; with more rows, one panel is work enough and shares are more even.
     """
     return max(1, min(panels // 8, 8)) if rows <= 2 else 1
+
+
+@numba.njit
+def neighbours(rows):  # type: ignore[no-untyped-def]
+    """How many rows a thread takes at a time where each is treated by itself.
+
+    Neighbours share cache lines, those of the counter and those of a block of keys, which take longer to pass
+    between two cores than a row takes.
+    """
+    return max(1, min(rows // 16, 32))
 
 
 @numba.njit
