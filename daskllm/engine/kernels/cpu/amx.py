@@ -1,10 +1,11 @@
-"""Tiles of bfloat16 products in a CPU's matrix registers (Intel AMX).
+"""Tiles of products in a CPU's matrix registers (Intel AMX), of bfloat16 and of eight-bit integers.
 
 It owns the tile registers: how they are shaped, filled and multiplied. A panel of `gemm` is already what the
-instruction wants on its right side, two inputs of sixteen columns in every 64 bytes. Sixteen rows of inputs
-are the left side; rows that there are none of are multiplied as well and forgotten, so that one shape of
-registers serves every product. An instruction adds 32 inputs of a row in an order of its own, the same for
-each row, so that here too a row's bits do not depend on its company.
+instruction wants on its right side, two inputs of sixteen columns in every 64 bytes, and sixteen channels of
+`int8` are, four inputs each. Sixteen rows of inputs are the left side; rows that there are none of are
+multiplied as well and forgotten, so that one shape of registers serves every product. An instruction adds 32
+inputs of a row in an order of its own, the same for each row, so that here too a row's bits do not depend on
+its company.
 
 Source of the instructions and of the layout of their configuration: Intel 64 and IA-32 Architectures Software
 Developer's Manual, volume 1, chapter 18.
@@ -25,12 +26,25 @@ from numba.extending import intrinsic
 
 from daskllm.engine.kernels.cpu.simd import LANES, VECTOR, round_to_bfloat16, write_fetch
 
-__all__ = ["AVAILABLE", "DENIED", "ROWS", "SLACK", "configure", "function", "release"]
+__all__ = [
+    "AVAILABLE",
+    "DENIED",
+    "INT8_ROWS",
+    "INT8_SIXTEENS",
+    "ROWS",
+    "SLACK",
+    "configure",
+    "function",
+    "int8_function",
+    "release",
+]
 
 _HEIGHT = 16
 """Rows of a register, of 64 bytes each."""
 ROWS = 2 * _HEIGHT
 """Rows at most that are multiplied with a panel at once: with 32 columns, four registers hold sums."""
+INT8_ROWS, INT8_SIXTEENS = _HEIGHT, 6
+"""Rows, and times sixteen channels, of a tile of integers: six registers hold sums."""
 SLACK = _HEIGHT - 1
 """Rows that may be read behind the last one, whatever they are."""
 
@@ -45,6 +59,8 @@ _I8, _I16, _I64 = ir.IntType(8), ir.IntType(16), ir.IntType(64)
 _VH = ir.VectorType(_I16, LANES)
 _BYTES = _I8.as_pointer()
 
+_INT8_LEFT, _INT8_RIGHT = 6, 7
+
 _ARCH_REQ_XCOMP_PERM, _XTILEDATA = 0x1023, 18  # https://docs.kernel.org/arch/x86/xstate.html
 _SYS_ARCH_PRCTL = 158
 
@@ -53,7 +69,7 @@ def _present() -> bool:
     """Whether the machine has the instructions."""
     features = llvmlite.binding.get_host_cpu_features()
     here = sys.platform == "linux" and platform.machine() == "x86_64"
-    return here and all(features.get(name) for name in ("amx-bf16", "amx-tile", "avx512f"))
+    return here and all(features.get(name) for name in ("amx-bf16", "amx-int8", "amx-tile", "avx512f"))
 
 
 def _granted() -> bool:
@@ -62,7 +78,7 @@ def _granted() -> bool:
 
 
 AVAILABLE = _present()
-"""Whether bfloat16 products are done here."""
+"""Whether products of bfloat16 and of int8 are done here."""
 DENIED = AVAILABLE and not _granted()
 """The machine has the instructions, which compiled kernels in the cache use, but they would fail here."""
 
@@ -80,7 +96,7 @@ def _load(builder: Any, register: int, address: Any, stride: Any, offset: int = 
     _instruction(builder, "tileloadd64", _I8(register), _pointer(builder, address, offset), stride)
 
 
-def _shape(builder: Any, words: Any) -> None:
+def _shape(builder: Any, words: Any, left: tuple[int, ...] = _LEFT, right: tuple[int, ...] = _RIGHT) -> None:
     """Shape the registers for so many fours of bytes of each row of inputs, 1 to 16; sums become zero."""
     room = cgutils.alloca_once(builder, ir.ArrayType(_I8, _LINE))
     start = builder.bitcast(room, _BYTES)
@@ -88,9 +104,9 @@ def _shape(builder: Any, words: Any) -> None:
     height, width = builder.trunc(words, _I8), builder.trunc(builder.mul(words, _I64(4)), _I16)
     for register in range(8):
         columns = builder.bitcast(builder.gep(start, [_I64(16 + 2 * register)]), _I16.as_pointer())
-        builder.store(width if register in _LEFT else _I16(_LINE), columns)
+        builder.store(width if register in left else _I16(_LINE), columns)
         rows = builder.gep(start, [_I64(48 + register)])
-        builder.store(height if register in _RIGHT else _I8(_HEIGHT), rows)
+        builder.store(height if register in right else _I8(_HEIGHT), rows)
     _instruction(builder, "ldtilecfg", start)
 
 
@@ -179,6 +195,65 @@ def function(module: Any, rounded: bool) -> Any:
                 kind, size = VECTOR, 4
             into = builder.bitcast(_pointer(builder, to, side * size * LANES), kind.as_pointer())
             builder.store(value, into, align=size)
+    builder.ret_void()
+    return made
+
+
+def int8_function(module: Any) -> Any:
+    """``(x, w, quads, minus, out, cold)``: int32 products of `INT8_ROWS` rows with ``16 * INT8_SIXTEENS``
+    channels, less ``minus`` of each row; see `vnni.dot_tile`, whose numbers these are."""
+    name = "daskllm_amx_int8"
+    if name in module.globals:
+        return module.globals[name]
+    words = ir.IntType(32).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [_BYTES, _BYTES, _I64, words, words, ir.IntType(1)])
+    made = ir.Function(module, kind, name)
+    made.linkage = "internal"
+    made.attributes.add("noinline")
+    builder = ir.IRBuilder(made.append_basic_block("entry"))
+    x, w, quads, minus, out, cold = made.args
+    x, w, room = (builder.ptrtoint(pointer, _I64) for pointer in (x, w, out))
+    width, sixteen = builder.mul(quads, _I64(4)), builder.mul(quads, _I64(_LINE))
+    whole, rest = builder.udiv(quads, _I64(LANES)), builder.urem(quads, _I64(LANES))
+
+    def step(done: Any, fetched: bool) -> None:
+        """Sums of 64 inputs, ``done`` fours of bytes from the first."""
+        _load(builder, _INT8_LEFT, builder.add(x, builder.mul(done, _I64(4))), width)
+        for i in range(INT8_SIXTEENS):
+            panel = builder.add(builder.add(w, builder.mul(sixteen, _I64(i))), builder.mul(done, _I64(_LINE)))
+            for line in range(LANES if fetched else 0):
+                write_fetch(builder, _pointer(builder, panel, _AHEAD // 2 + line * _LINE))
+            _load(builder, _INT8_RIGHT, panel, _I64(_LINE))
+            _instruction(builder, "tdpbsud", _I8(i), _I8(_INT8_LEFT), _I8(_INT8_RIGHT))
+
+    def sums(instruction: str) -> None:
+        for i in range(INT8_SIXTEENS):
+            place = _pointer(builder, room, i * _LINE)
+            _instruction(builder, instruction, _I8(i), place, _I64(INT8_SIXTEENS * _LINE))
+
+    for i in range(INT8_SIXTEENS):
+        _instruction(builder, "tilezero", _I8(i))
+    with builder.if_else(cold) as (first, later):
+        for branch, fetched in ((first, True), (later, False)):
+            with branch, cgutils.for_range(builder, whole) as loop:
+                step(builder.mul(loop.index, _I64(LANES)), fetched)
+    sums("tilestored64")
+    with cgutils.if_unlikely(builder, builder.icmp_unsigned(">", rest, _I64(0))):
+        _shape(builder, rest, (_INT8_LEFT,), (_INT8_RIGHT,))
+        sums("tileloadd64")
+        step(builder.mul(whole, _I64(LANES)), False)
+        sums("tilestored64")
+        _shape(builder, _I64(LANES))
+    vector = ir.VectorType(ir.IntType(32), LANES)
+    with cgutils.for_range(builder, _I64(INT8_ROWS)) as loop:
+        less = builder.load(builder.gep(minus, [loop.index]))
+        undefined, lanes = ir.Constant(vector, ir.Undefined), ir.Constant(vector, [0] * LANES)
+        less = builder.insert_element(undefined, less, ir.IntType(32)(0))
+        less = builder.shuffle_vector(less, undefined, lanes)
+        line = builder.gep(out, [builder.mul(loop.index, _I64(INT8_SIXTEENS * LANES))])
+        for i in range(INT8_SIXTEENS):
+            place = builder.bitcast(builder.gep(line, [_I64(i * LANES)]), vector.as_pointer())
+            builder.store(builder.sub(builder.load(place, align=4), less), place, align=4)
     builder.ret_void()
     return made
 

@@ -1,4 +1,4 @@
-"""Products with int8 weights, by the VNNI instructions where the machine has them.
+"""Products with int8 weights, by the AMX or VNNI instructions where the machine has them.
 
 A row is quantised by a scale of its own and its sums are whole numbers, so that its bits depend neither on
 its company nor on the order of additions. Weights are kept 128 higher, as unsigned bytes (the instruction
@@ -14,6 +14,7 @@ import numba
 import numpy as np
 import torch
 
+from daskllm.engine.kernels.cpu import amx
 from daskllm.engine.kernels.cpu.simd import (
     LANES,
     array,
@@ -176,7 +177,7 @@ def product(  # type: ignore[no-untyped-def]
     own = panel * TILE_COLUMNS - first
     first *= LANES
     for row in range(start, stop, TILE_ROWS):
-        dot_tile(q, row * quads * 4, w, first * quads * 4, quads, minus, row, tile)
+        dot_tile(q, row * quads * 4, w, first * quads * 4, quads, minus, row, tile, row == start)
         for r in range(min(TILE_ROWS, stop - row)):
             scale, at = vsplat(scales[row + r]), (row + r) * out
             for c in range(own, TILE_COLUMNS):
@@ -229,12 +230,14 @@ def _linear_loop(pointer, dtype):  # type: ignore[no-untyped-def]
     bias, y = array(a[7], channels if a[7] else 0, np.float32), array(a[8], rows * out, dtype)
     scratch = product_scratch()
     group = together(rows, panels)
+    amx.configure()
     while True:
         first = take(a, 0) * group
         if first >= panels:
             break
         for panel in range(first, min(first + group, panels)):
             product(panel, 0, rows, q, scales, minus, w, w_scales, bias, y, out, sixteens, quads, scratch)
+    amx.release()
 
 
 @numba.cfunc(SIGNATURE, cache=True)

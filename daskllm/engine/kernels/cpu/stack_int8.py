@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from daskllm.engine.batch import Batch
+from daskllm.engine.kernels.cpu import amx
 from daskllm.engine.kernels.cpu.attention import attention_scratch
 from daskllm.engine.kernels.cpu.int8 import (
     PackedInt8,
@@ -183,6 +184,7 @@ def stack_loop(pointer, dtype, rope, attention, attention_scratch):  # type: ign
     lanes = np.zeros(max(size, LANES), np.float32)
     scratch = attention_scratch(heads // kv_heads, size, a[PADDED], dtype)
     hidden, inner, give_way = a[HIDDEN], a[INNER], a[YIELD_AT]
+    amx.configure()
     for layer in range(a[LAYERS]):
         at, phase = layer * LAYER_FIELDS, layer * len(PHASES)
         delta, y = a[DELTA_AT] if layer else 0, a[DELTA_AT]
@@ -208,6 +210,7 @@ def stack_loop(pointer, dtype, rope, attention, attention_scratch):  # type: ign
         meet(counters, phase + 8, team, give_way, clock, times, 8)
         _product(a, phase + 9, counters, table, at + DOWN, inner, y, hidden, tile, dtype)
         meet(counters, phase + 9, team, give_way, clock, times, 9)
+    amx.release()
 
 
 @numba.cfunc(SIGNATURE, cache=True)

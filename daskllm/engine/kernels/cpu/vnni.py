@@ -13,13 +13,14 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from daskllm.engine.kernels.cpu import amx
 from daskllm.engine.kernels.cpu.simd import LANES, element_pointer
 
 __all__ = ["BLOCK_ROWS", "TILE_COLUMNS", "TILE_ROWS", "dot_rows", "dot_tile"]
 
-TILE_ROWS, TILE_COLUMNS = 4, 6
-"""Rows, and registers of output channels: 24 sums, six weights and an input fill the 32 registers. (8 by 3, 6
-by 4 and 12 by 2 were slower, by 3% at 32 rows and 40% and more at one.)"""
+TILE_ROWS, TILE_COLUMNS = (amx.INT8_ROWS, amx.INT8_SIXTEENS) if amx.AVAILABLE else (4, 6)
+"""Rows, and registers of output channels. Where there are no matrix registers, 24 sums, six weights and an
+input fill the 32 vectors (8 by 3, 6 by 4, 12 by 2 were slower, by 3% at 32 rows and 40% and more at one)."""
 
 BLOCK_ROWS = 12
 """Rows at most that are multiplied with a block of 32 columns at once: 24 sums."""
@@ -88,29 +89,33 @@ def _tile_function(module: Any) -> Any:
 
 
 @intrinsic
-def dot_tile(typingctx, x, x_at, w, w_at, quads, minus, row, out):  # type: ignore[no-untyped-def]
+def dot_tile(typingctx, x, x_at, w, w_at, quads, minus, row, out, cold):  # type: ignore[no-untyped-def]
     """Int32 products of `TILE_ROWS` rows with ``16 * TILE_COLUMNS`` channels, row by row into ``out``.
+
+    The thread has called `amx.configure`.
 
     Args:
         x, x_at: int8, ``4 * quads`` numbers for each row.
         w, w_at: uint8, for every sixteen channels ``[quads, 16, 4]``.
         minus, row: int32, what each row's sums start below zero by.
+        cold: whether these channels are in no cache yet.
     """
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        _, x_at_, _, w_at_, quads_, _, row_, _ = args
+        _, x_at_, _, w_at_, quads_, _, row_, _, cold_ = args
 
         def pointer(k: int, index: Any) -> Any:
             return element_pointer(context, builder, sig.args[k], args[k], index)
 
-        tile = _tile_function(builder.module)
-        builder.call(
-            tile, [pointer(0, x_at_), pointer(2, w_at_), quads_, pointer(5, row_), pointer(7, _I64(0))]
-        )
+        each = [pointer(0, x_at_), pointer(2, w_at_), quads_, pointer(5, row_), pointer(7, _I64(0))]
+        if amx.AVAILABLE:
+            builder.call(amx.int8_function(builder.module), [*each, cold_])
+        else:
+            builder.call(_tile_function(builder.module), each)
         return context.get_dummy_value()
 
     whole = types.intp
-    return types.void(x, whole, w, whole, whole, minus, whole, out), codegen
+    return types.void(x, whole, w, whole, whole, minus, whole, out, types.boolean), codegen
 
 
 def _rows_function(module: Any, columns_unsigned: bool) -> Any:
