@@ -9,7 +9,7 @@ import torch
 
 from daskllm.engine import kernels
 from daskllm.engine.kernels import cpu, reference
-from daskllm.engine.kernels.cpu import amx
+from daskllm.engine.kernels.cpu import amx, gemm
 from daskllm.engine.kernels.cpu.gemm import linear, pack
 
 needs_amx = pytest.mark.skipif(not amx.AVAILABLE or amx.DENIED, reason="this machine has no AMX")
@@ -51,6 +51,29 @@ def test_onednns_products_are_right_before_and_after_ours() -> None:
         theirs = torch.nn.functional.linear(a, b)
         torch.testing.assert_close(theirs.double(), exact, rtol=1e-2, atol=1e-1)
         torch.testing.assert_close(linear(a, packed, torch.float32).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_products_need_no_matrix_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vectors' tile, which is not used where there are matrix registers."""
+    import numba
+    import numpy as np
+
+    monkeypatch.setattr(amx, "AVAILABLE", False)
+
+    @numba.njit
+    def product(rows, x, w, bias, words, y):  # type: ignore[no-untyped-def]
+        gemm.block(rows, x, 0, 2 * words, w, 0, bias, 0, words, y, 0, gemm.COLUMNS, True)
+
+    weight = torch.randn(gemm.COLUMNS, 50).bfloat16()
+    packed = pack([weight], [torch.randn(gemm.COLUMNS)])
+    for rows in range(1, gemm.ROWS + 1):
+        x, y = torch.randn(rows, 50).bfloat16(), torch.empty(rows, gemm.COLUMNS)
+        flat = x.view(torch.int16).flatten().numpy().view(np.uint16)
+        panels = packed.panels.view(torch.int16).flatten().numpy().view(np.uint16)
+        product(rows, flat, panels, packed.bias.numpy(), packed.words, y.view(-1).numpy())
+        exact = x.double() @ weight.double().T + packed.bias.double()
+        torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
+    assert "tdpbf16ps" not in product.inspect_asm(product.signatures[0])
 
 
 def test_a_process_that_may_not_use_the_registers_falls_back_and_is_told_once(

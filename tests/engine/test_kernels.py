@@ -3,6 +3,8 @@ rows are grouped."""
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -80,10 +82,11 @@ def test_int8_products_need_no_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
     from daskllm.engine.kernels.cpu import vnni
 
     monkeypatch.setattr(vnni, "_VNNI", "no such instruction")
+    monkeypatch.setattr(vnni.amx, "AVAILABLE", False)
 
     @numba.njit
     def tile(x, w, quads, minus, out):  # type: ignore[no-untyped-def]
-        vnni.dot_tile(x, 0, w, 0, quads, minus, 0, out)
+        vnni.dot_tile(x, 0, w, 0, quads, minus, 0, out, True)
 
     x = torch.randint(-127, 128, (vnni.TILE_ROWS, 8), dtype=torch.int8)
     w = torch.randint(1, 256, (vnni.TILE_COLUMNS, 2, 16, 4), dtype=torch.uint8)
@@ -234,6 +237,7 @@ def test_products_of_rows_with_a_block(
 
     if not vnni_there:
         monkeypatch.setattr(vnni, "_VNNI", "no such instruction")
+    monkeypatch.setattr(vnni.amx, "AVAILABLE", False)
 
     @numba.njit
     def products(rows, x, w, quads, start, out):  # type: ignore[no-untyped-def]
@@ -269,9 +273,26 @@ def test_rope_store(
     norms = (random(size, dtype=dtype), random(size, dtype=dtype)) if normed else None
     found = cpu.rope_store(cache.qkv, cache.keys, cache.values, cache.batch, angles, norms, 1e-6)
     close(found, reference.rope_store(cache.qkv, keys, values, cache.batch, angles, norms, 1e-6))
-    for mine, theirs in ((plain(cache.keys), keys), (plain(cache.values), values)):
-        assert torch.equal(mine.isnan(), theirs.isnan())
-        close(mine.nan_to_num(), theirs.nan_to_num())
+    assert torch.equal(plain(cache.keys).isnan(), keys.isnan())
+    close(plain(cache.keys).nan_to_num(), keys.nan_to_num())
+    # Behind the values of a block that has some there are zeros, which attention may multiply by zero.
+    begun = ~values[:, :, :1].isnan().expand_as(values)
+    assert torch.equal(plain(cache.values).isnan(), ~begun)
+    close(plain(cache.values).nan_to_num(), values.nan_to_num())
+
+
+@DTYPES
+def test_values_that_are_to_come_are_zero_however_a_prompt_is_cut(dtype: torch.dtype) -> None:
+    for cuts in ((0, 1, 2, 3), (0, 31, 32, 33, 34), (0, 5, 40, 41, 64), (0, 33, 63, 64, 65)):
+        cache = Cache(4, 2, 32, dtype)
+        for first, last in itertools.pairwise(cuts):
+            part = Batch.of([Chunk([0] * (last - first), first, [3, 9, 2])])
+            cpu.rope_store(cache.qkv[first:last], cache.keys, cache.values, part, cache.angles, None, 1e-6)
+            values = plain(cache.values)[[3, 9, 2]].transpose(1, 2).flatten(0, 1)
+            begun = -(-last // BLOCK_SIZE) * BLOCK_SIZE
+            assert values[begun:].isnan().all()
+            assert (values[last:begun] == 0).all()
+            assert (values[:last] != 0).any((1, 2)).all()
 
 
 @DTYPES

@@ -6,7 +6,8 @@ import numba
 import numpy as np
 
 from daskllm.engine.batch import BLOCK_SIZE, TILE
-from daskllm.engine.kernels.cpu.gemm import COLUMNS, ROWS, tile
+from daskllm.engine.kernels.cpu import amx
+from daskllm.engine.kernels.cpu.gemm import COLUMNS, block, rows_together
 from daskllm.engine.kernels.cpu.simd import (
     LANES,
     array,
@@ -30,18 +31,18 @@ from daskllm.engine.kernels.cpu.team import SIGNATURE, take
 
 __all__ = ["MASKED", "attend", "attention_bf16", "attention_f32", "attention_scratch"]
 
-LINE_BYTES = 64
+_LINE_BYTES = 64
 MASKED = np.float32(-1e30)
 """The score of a key that a row does not see."""
 
 
 @numba.njit
 def _products(rows, x, width, w, base, zeros, words, out, at, stride):  # type: ignore[no-untyped-def]
-    """``out[r, at :] = x[r] . w`` for one panel, tile by tile."""
+    """``out[r, at :] = x[r] . w`` for one panel."""
     row = 0
     while row < rows:
-        many = min(ROWS, rows - row)
-        tile(many, x, row * width, width, w, base, zeros, 0, words, out, row * stride + at, stride)
+        many = rows_together(rows - row, x)
+        block(many, x, row * width, width, w, base, zeros, 0, words, out, row * stride + at, stride, False)
         row += many
 
 
@@ -66,25 +67,18 @@ def _softmax(scores, weights, row, first, last, scale, peaks, sums, alphas):  # 
 
 
 @numba.njit
-def _weigh(weights, values, base, mixed, alphas, rows, keys, padded, zeros, part, odd, rest):  # type: ignore[no-untyped-def]
+def _weigh(weights, values, base, mixed, alphas, rows, keys, padded, zeros, part):  # type: ignore[no-untyped-def]
     """mixed[r] = mixed[r] * alphas[r] + sum of weights[r, t] * values[t] over the block's first keys.
 
-    A last key whose neighbour has not been written is multiplied by itself: what lies there may be anything.
+    Values behind them have a weight of zero, and are numbers: `rope` makes them so.
     """
     each = 4 // values.itemsize
-    words = keys // each
+    words = (keys + each - 1) // each
+    if amx.AVAILABLE and each == 2:
+        words = BLOCK_SIZE // 2  # as many inputs as a register takes: others would have it shaped anew
     for panel in range(padded // COLUMNS):
         start = base + panel * COLUMNS * BLOCK_SIZE
-        if words:
-            _products(rows, weights, BLOCK_SIZE, values, start, zeros, words, part, 0, COLUMNS)
-        else:
-            part[: rows * COLUMNS] = 0
-        if keys % each:
-            for i in range(COLUMNS):
-                odd[2 * i] = values[start + words * COLUMNS * each + 2 * i]
-            _products(rows, weights[2 * words :], BLOCK_SIZE, odd, 0, zeros, 1, rest, 0, COLUMNS)
-            for i in range(0, rows * COLUMNS, LANES):
-                vstore(part, i, vadd(vload(part, i), vload(rest, i)))
+        _products(rows, weights, BLOCK_SIZE, values, start, zeros, words, part, 0, COLUMNS)
         for r in range(rows):
             alpha = vload(alphas, r * LANES)
             for i in range(0, COLUMNS, LANES):
@@ -93,41 +87,56 @@ def _weigh(weights, values, base, mixed, alphas, rows, keys, padded, zeros, part
 
 
 @numba.njit
-def _fetch_block(cache, start, width):  # type: ignore[no-untyped-def]
+def _fetch_block(keys, values, block, size, padded):  # type: ignore[no-untyped-def]
     """Blocks lie anywhere, so that no CPU guesses which one is read next."""
-    for i in range(start, start + width * BLOCK_SIZE, LINE_BYTES // cache.itemsize):
-        fetch(cache, i)
+    line = _LINE_BYTES // keys.itemsize
+    for i in range(block * BLOCK_SIZE * size, (block + 1) * BLOCK_SIZE * size, line):
+        fetch(keys, i)
+    for i in range(block * BLOCK_SIZE * padded, (block + 1) * BLOCK_SIZE * padded, line):
+        fetch(values, i)
+
+
+@numba.njit
+def _fetch_first(item, keys, values, tables, tiles, kv_heads, size, padded, width, window):  # type: ignore[no-untyped-def]
+    """The first block of an item."""
+    at, head = item // kv_heads * 4, item % kv_heads
+    begin = max(0, tiles[at + 3] - window + 1) if window else 0
+    block = tables[tiles[at] * width + begin // BLOCK_SIZE]
+    _fetch_block(keys, values, block * kv_heads + head, size, padded)
 
 
 @numba.njit
 def attention_scratch(group, size, padded, dtype):  # type: ignore[no-untyped-def]
     """Room for one thread's `attend`."""
     rows = TILE * group
+    read = rows + amx.SLACK
     return (
-        np.empty(rows * size, dtype),  # queries
+        np.empty(read * size, dtype),  # queries
         np.empty(rows * BLOCK_SIZE, np.float32),  # scores
-        np.empty(rows * BLOCK_SIZE, dtype),  # softmax weights
+        np.empty(read * BLOCK_SIZE, dtype),  # softmax weights
         np.empty(rows * padded, np.float32),  # sums of weighted values
         np.empty(rows, np.float32),  # peaks
         np.empty(rows * LANES, np.float32),  # sums of weights
         np.empty(rows * LANES, np.float32),  # what earlier sums shrink by
         np.empty(rows * COLUMNS, np.float32),  # one panel of a product
-        np.empty(rows * COLUMNS, np.float32),  # and of the last key's
-        np.zeros(2 * COLUMNS, dtype),  # the last key's values, beside zeros
         np.zeros(COLUMNS, np.float32),
     )
 
 
 @numba.njit
 def attend(  # type: ignore[no-untyped-def]
-    item, q, keys, values, out, tables, tiles, heads, kv_heads, size, padded, width, window, scale, scratch
+    item, following, q, keys, values, out, tables, tiles, heads, kv_heads, size, padded, width, window,
+    scale, scratch
 ):  # fmt: skip
-    """One tile of query positions of one sequence, for one key-value head and its group of query heads."""
+    """One tile of query positions of one sequence, for one key-value head and its group of query heads.
+
+    ``following`` is the item that this thread does next, or -1. The thread has called `amx.configure`.
+    """
     at, head = item // kv_heads * 4, item % kv_heads
     table, token, count, position = tiles[at] * width, tiles[at + 1], tiles[at + 2], tiles[at + 3]
     group = heads // kv_heads
     rows = count * group
-    queries, scores, weights, mixed, peaks, sums, alphas, part, rest, odd, zeros = scratch
+    queries, scores, weights, mixed, peaks, sums, alphas, part, zeros = scratch
     mixed[: rows * padded] = 0
     peaks[:rows] = MASKED
     sums[: rows * LANES] = 0
@@ -138,13 +147,13 @@ def attend(  # type: ignore[no-untyped-def]
     end = position + count
     begin = max(0, position - window + 1) if window else 0
     words = size * keys.itemsize // 4
-    last = (end + BLOCK_SIZE - 1) // BLOCK_SIZE
-    for j in range(begin // BLOCK_SIZE, last):
+    first_block, last = begin // BLOCK_SIZE, (end + BLOCK_SIZE - 1) // BLOCK_SIZE
+    for j in range(first_block, last):
         base = (tables[table + j] * kv_heads + head) * BLOCK_SIZE
         if j + 1 < last:
-            following = (tables[table + j + 1] * kv_heads + head) * BLOCK_SIZE
-            _fetch_block(keys, following * size, size)
-            _fetch_block(values, following * padded, padded)
+            _fetch_block(keys, values, tables[table + j + 1] * kv_heads + head, size, padded)
+        elif following >= 0:
+            _fetch_first(following, keys, values, tables, tiles, kv_heads, size, padded, width, window)
         for first in range(0, BLOCK_SIZE, COLUMNS):
             key = (base + first) * size
             _products(rows, queries, size, keys, key, zeros, words, scores, first, BLOCK_SIZE)
@@ -153,7 +162,7 @@ def attend(  # type: ignore[no-untyped-def]
             first = here - window + 1 if window else 0
             _softmax(scores, weights, r, first, here + 1, scale, peaks, sums, alphas)
         there = min(BLOCK_SIZE, end - j * BLOCK_SIZE)
-        _weigh(weights, values, base * padded, mixed, alphas, rows, there, padded, zeros, part, odd, rest)
+        _weigh(weights, values, base * padded, mixed, alphas, rows, there, padded, zeros, part)
     for r in range(rows):
         start = ((token + r // group) * heads + head * group + r % group) * size
         total = vreduce_add(vload(sums, r * LANES))
@@ -173,14 +182,16 @@ def _attention_loop(pointer, dtype):  # type: ignore[no-untyped-def]
     tables = array(a[6], sequences * width, np.int64)
     tiles = array(a[7], items // kv_heads * 4, np.int64)
     scratch = attention_scratch(heads // kv_heads, size, padded, dtype)
+    amx.configure()
     while True:
         item = take(a, 0)
         if item >= items:
             break
         attend(
-            item, q, keys, values, out, tables, tiles, heads, kv_heads, size, padded, width,
+            item, -1, q, keys, values, out, tables, tiles, heads, kv_heads, size, padded, width,
             a[16], as_float(a[17]), scratch,
         )  # fmt: skip
+    amx.release()
 
 
 @numba.cfunc(SIGNATURE, cache=True)

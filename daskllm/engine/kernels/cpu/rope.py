@@ -87,6 +87,27 @@ def _store_value(source, start, values, base, offset, size, padded):  # type: ig
 
 
 @numba.njit
+def _is_end(item, slots):  # type: ignore[no-untyped-def]
+    """Whether this row ends what its block holds, and what is behind it may not be cleared yet."""
+    block = slots[item] // BLOCK_SIZE
+    goes_on = item + 1 < slots.size and slots[item + 1] // BLOCK_SIZE == block
+    alone = item == 0 or slots[item - 1] // BLOCK_SIZE != block
+    return not goes_on and (slots[item] % BLOCK_SIZE == 0 or not alone)
+
+
+@numba.njit
+def _clear_behind(values, base, offset, padded):  # type: ignore[no-untyped-def]
+    """Zero in place of the values that are to come: they meet weights of zero before they are written."""
+    each = 4 // values.itemsize
+    word = offset // each
+    for panel in range(base, base + padded * BLOCK_SIZE, COLUMNS * BLOCK_SIZE):
+        for i in range(offset % each + 1, each):
+            for column in range(COLUMNS):
+                values[panel + (word * COLUMNS + column) * each + i] = 0
+        values[panel + (word + 1) * COLUMNS * each : panel + COLUMNS * BLOCK_SIZE] = 0
+
+
+@numba.njit
 def rope_row(  # type: ignore[no-untyped-def]
     item, qkv, q, keys, values, positions, slots, cos, sin, q_norm, k_norm, eps,
     heads, kv_heads, size, padded, scratch
@@ -102,12 +123,15 @@ def rope_row(  # type: ignore[no-untyped-def]
         for i in range(whole, size):
             store(q, to + i, scratch[i])
     block, offset = slots[item] // BLOCK_SIZE, slots[item] % BLOCK_SIZE
+    end = _is_end(item, slots)
     for h in range(kv_heads):
         start = item * width + (heads + h) * size
         turned_head(qkv, start, k_norm, eps, cos, sin, angle, size, scratch)
         base = (block * kv_heads + h) * BLOCK_SIZE
         _store_key(scratch, keys, base * size, offset, size)
         _store_value(qkv, start + kv_heads * size, values, base * padded, offset, size, padded)
+        if end:
+            _clear_behind(values, base * padded, offset, padded)
 
 
 @numba.njit(inline="always")

@@ -175,14 +175,18 @@ def attention(a, phase, counters, table, layer, scratch, dtype):  # type: ignore
     keys, values = _cache(a, table, layer, dtype)
     # No tensor of a step is longer than its rows times its widest block table.
     tables, tiles = array(a[TABLES_AT], rows * a[WIDTH], np.int64), array(a[TILES_AT], 4 * a[TILES], np.int64)
+    # One thread takes a tile's heads where there are tiles for all: it knows what it will read next.
+    many = kv_heads if a[TILES] >= 4 * team_size(a[TEAM_AT]) else 1
     while True:
-        item = take(counters, phase * LINE)
-        if item >= a[TILES] * kv_heads:
+        first = take(counters, phase * LINE) * many
+        if first >= a[TILES] * kv_heads:
             break
-        attend(
-            item, q, keys, values, out, tables, tiles, heads, kv_heads, size, padded, a[WIDTH],
-            table[layer + WINDOW], as_float(a[SCALE]), scratch,
-        )  # fmt: skip
+        for item in range(first, first + many):
+            following = item + 1 if item + 1 < first + many else -1
+            attend(
+                item, following, q, keys, values, out, tables, tiles, heads, kv_heads, size, padded,
+                a[WIDTH], table[layer + WINDOW], as_float(a[SCALE]), scratch,
+            )  # fmt: skip
 
 
 @numba.njit
