@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -116,3 +119,20 @@ def test_rounds_go_in_turns_and_slow_peers_have_fewer(
 def test_the_readme_has_a_place_for_the_table(table: ModuleType) -> None:
     readme = (BENCHMARKS.parents[1] / "README.md").read_text()
     assert table.BEGIN in table.write_table(readme, results(run("daskllm", 300), run("hf", 50)))
+
+
+def test_a_worker_whose_clock_is_wrong_has_one_clock() -> None:
+    code = """
+import time
+from distributed import metrics
+from tornado.ioloop import IOLoop
+right = time.time()
+import trouble
+trouble.set_clock(-600)
+loop = IOLoop(make_current=False)
+print([round((now - right) / 10) for now in (time.time(), metrics.time(), loop.time(), time.time_ns() / 1e9)])
+loop.close()
+"""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parents[1])])}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert run.stdout.split("\n")[0] == "[-60, -60, -60, -60]", run.stderr
