@@ -3,8 +3,9 @@
 Rows differ in cost, and what is done first is no fair sample of them. So work is counted in an engine's
 seconds: prompt tokens and output tokens, weighted by what the steps of this run took. What is done counts the
 rows under way; what is left counts prompts as far as they are known (exactly where rows have begun, by their
-size where a partition was cut, else as those), and answers by `Lengths`. The speed is that of the latter
-half of the time. Nothing here is a constant of some machine or model.
+size where a partition was cut, else as those), and answers by `Lengths` and, as far as they go with prompts,
+by `Trend`. The speed is that of the latter half of the time. Nothing here is a constant of some machine or
+model.
 
 It refuses to know where the events come from and how they are shown.
 """
@@ -19,7 +20,7 @@ from typing import Any
 
 from daskllm import markup
 from daskllm.jobs.explanation import duration
-from daskllm.jobs.lengths import Lengths
+from daskllm.jobs.lengths import Lengths, Trend
 from daskllm.runtime.progress import Increment
 from daskllm.types import SamplingParams
 
@@ -116,6 +117,7 @@ class Eta:
         self._sum: Counter[str] = Counter()
         self._cuts = 0
         self._ended: Counter[int] = Counter()
+        self._trend = Trend()
         self._tasks: dict[str, _Task] = {}
         self._costs: dict[str, tuple[float, float, float]] = {}
         self._looks: deque[tuple[float, int, int, int]] = deque()
@@ -138,6 +140,7 @@ class Eta:
                 self._sum[name] += getattr(new, name)
             self._cuts += bool(new.cut_rows)
             self._ended.update(dict(new.ended))
+            self._trend.add(new.rows - new.errors - new.remembered, new.prompt_tokens, new.output_tokens)
             joined = new.costs is not None and new.worker not in self._costs
             if new.costs is not None:
                 self._costs[new.worker] = new.costs
@@ -251,7 +254,7 @@ class Eta:
     def _to_do(self) -> tuple[float, float | None, float]:
         """Tokens to be read, tokens to be generated (None: nobody knows yet), and of those one row's most."""
         total, known = self._total_rows() or 0, self._sum
-        samples, mean, lengths = 0, 0.0, None
+        samples, mean, lengths, most = 0, 0.0, None, 0.0
         if self._params is not None:
             params = self._params
             samples = params.n
@@ -261,7 +264,7 @@ class Eta:
                 return 0.0, None, 0.0
             ended: Counter[int] = Counter({params.max_tokens: 1}) if fixed else self._ended
             lengths = Lengths(ended, () if fixed else under_way, params.max_tokens)
-            mean = lengths.mean
+            mean, most = lengths.mean, float(params.max_tokens)
         begun = known["begun_rows"]
         free = min(1.0, known["remembered"] / begun) if begun else 0.0
         asked = 1.0 - free
@@ -276,5 +279,7 @@ class Eta:
         uncut = max(0, total - max(known["cut_rows"], begun))
         if known["cut_rows"]:
             prompts += uncut * ratio * known["cut_tokens"] / known["cut_rows"]
-        to_make = sum(rests) + mean * samples * (waiting + asked * (cut + uncut))
-        return unread + asked * prompts, to_make, max(rests, default=mean)
+        to_read, rows = unread + asked * prompts, waiting + asked * (cut + uncut)
+        if rows:
+            mean = min(most, mean * self._trend.factor(to_read / rows))
+        return to_read, sum(rests) + mean * samples * rows, max(rests, default=mean)

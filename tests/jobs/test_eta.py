@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from daskllm.jobs.eta import Eta, State
+from daskllm.jobs.lengths import Trend
 from daskllm.runtime.progress import Increment
 from daskllm.types import SamplingParams
 
@@ -100,6 +101,15 @@ KINDS: dict[str, tuple[Draw, Draw]] = {
         lambda d, n: -np.sort(-(10 + d.exponential(200, n).astype(int))),
         lambda d, n: 1 + d.exponential(20, n).astype(int),
     ),
+    "short prompts first": (
+        lambda d, n: np.sort(10 + d.exponential(200, n).astype(int)),
+        lambda d, n: 1 + d.exponential(20, n).astype(int),
+    ),
+    "longer and longer": (lambda d, n: 10 + 400 * np.arange(n) // n, lambda d, n: 5 + 60 * np.arange(n) // n),
+    "shorter and shorter": (
+        lambda d, n: 410 - 400 * np.arange(n) // n,
+        lambda d, n: 65 - 60 * np.arange(n) // n,
+    ),
 }
 
 
@@ -109,6 +119,33 @@ def test_what_is_left_is_told_within_a_fifth_after_a_tenth(kind: str) -> None:
     prompts, outputs = (make(draw, 3000).tolist() for make in KINDS[kind])
     for share, off in errors(prompts, outputs, Eta(PARAMS, 3000)).items():
         assert abs(off) < 0.2, f"{off:+.0%} off after {share:.0%}"
+
+
+def test_answers_that_grow_with_their_prompts_are_told_before_they_come() -> None:
+    prompts, outputs = (make(np.random.default_rng(3), 3000).tolist() for make in KINDS["longer and longer"])
+    assert all(abs(off) < 0.05 for off in errors(prompts, outputs, Eta(PARAMS, 3000)).values())
+
+
+def test_a_trend_is_not_seen_where_there_is_none() -> None:
+    draw, factors = np.random.default_rng(0), []
+    for _ in range(200):
+        trend = Trend()
+        for prompt, made in zip(draw.integers(20, 100, 12), draw.integers(20, 100, 12), strict=True):
+            trend.add(10, 10 * int(prompt), 10 * int(made))
+        factors.append(trend.factor(100))
+    assert 0.95 < np.mean(factors) < 1.05
+    assert np.std(factors) < 0.1  # of a plain line 0.23
+
+
+def test_a_trend_goes_on_for_so_far_and_no_farther() -> None:
+    trend = Trend()
+    for prompt in range(10, 50, 10):
+        trend.add(1, prompt, prompt)
+    assert trend.factor(50) == pytest.approx(2)
+    assert trend.factor(10_000) == 3
+    assert trend.factor(1) == pytest.approx(1 / 3)
+    trend.add(0, 0, 0)
+    assert trend.factor(25) == pytest.approx(1)
 
 
 def test_rows_are_told_from_partitions() -> None:
