@@ -241,13 +241,15 @@ def open_on(client: Client, spec: ModelSpec) -> None:
         ModelError: it cannot be loaded; nothing stays on the workers where it could.
         StageLostError: a stage's worker is gone.
     """
-    # Both need distributed, which whoever has a client has imported.
+    # All need distributed, which whoever has a client has imported.
+    from daskllm.runtime.durations import learn_durations
     from daskllm.runtime.remote import reach
     from daskllm.runtime.stages import StagePlugin
 
     if spec.chains:
         reach(spec, client)
     client.run_on_scheduler(expect_losses)
+    client.run_on_scheduler(learn_durations)
     client.register_plugin(StagePlugin())
     engines = [chain.stages[-1].worker for chain in spec.chains]
     try:

@@ -35,6 +35,7 @@ __all__ = [
     "cut_table",
     "deal",
     "equal_rows",
+    "is_slice",
     "merge_table",
     "number_rows",
     "places_of",
@@ -61,6 +62,8 @@ second or a few on one core."""
 PLACE = "__daskllm_place__"
 """The column that carries each row's place past a filter: partition << 32 | row, int64."""
 _ROW_BITS = 32
+_KINDS = ("generate", "chat", "score", "embed")
+_WORDS = ("two", "four", "eight")
 
 
 def deal(costs: Costs, hands: int) -> list[list[int]]:
@@ -182,10 +185,22 @@ def slice_key(name: str, part: int, number: int) -> tuple[str, int, int]:
     return _slice_names(name)[number.bit_length()], part, number
 
 
+def is_slice(key: Any) -> bool:
+    """Whether a key is one that `slice_key` makes.
+
+    >>> is_slice(slice_key("chat-0f", 3, 5)), is_slice(("chat-cut-0f", 3)), is_slice(("sum-0f", 0, 1))
+    (True, False, False)
+    """
+    if not (isinstance(key, tuple) and len(key) == 3 and isinstance(key[0], str)):
+        return False
+    kind, _, word = key[0].rpartition("-")[0].partition("-")
+    return kind in _KINDS and word in ("", *_WORDS)
+
+
 @functools.lru_cache(maxsize=64)  # the same strings each time, which a pickled graph holds once
 def _slice_names(name: str) -> tuple[str, ...]:
     kind, _, token = name.rpartition("-")
-    return tuple(f"{kind}-{word}{token}" for word in ("", "two-", "four-", "eight-"))
+    return (name, *(f"{kind}-{word}-{token}" for word in _WORDS))
 
 
 def answer_slice(
