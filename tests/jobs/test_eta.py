@@ -208,3 +208,14 @@ def test_a_worker_that_joins_counts_from_then_on() -> None:
             tell("b", turn)
     # 800 rows are done, 400 of them in the last five seconds, by two workers.
     assert eta.state(15.0).eta == pytest.approx(40, rel=0.1)
+
+
+def test_a_fast_second_is_not_taken_for_the_speed() -> None:
+    eta = Eta(SamplingParams(max_tokens=10), rows=4000)
+    eta.take(Increment(cut_rows=4000, cut_tokens=40_000, task="cut"), 0.0)
+    for turn in range(17):
+        rows = 0 if not turn else 10 if turn <= 12 else 30
+        tokens = {"prompt_tokens": 10 * rows, "output_tokens": 10 * rows, "ended": ((10, rows),)}
+        begun = {"begun_rows": rows, "begun_tokens": 10 * rows, "begun_estimate": 10 * rows}
+        eta.take(Increment(rows=rows, **tokens, **begun, task=f"{turn}"), turn / 4)
+    assert eta.state(4.0).eta == pytest.approx((4000 - 240) / 60, rel=0.05)
