@@ -4,8 +4,8 @@ Rows differ in cost, and what is done first is no fair sample of them. So work i
 seconds: prompt tokens and output tokens, weighted by what the steps of this run took. What is done counts the
 rows under way; what is left counts prompts as far as they are known (exactly where rows have begun, by their
 size where a partition was cut, else as those), and answers by `Lengths` and, as far as they go with prompts,
-by `Trend`. The speed is that of the latter half of the time, and of some seconds at least. Nothing here is a
-constant of some machine or model.
+by `Trend`. The speed is that of the last three quarters of the time, and of some seconds at least. Nothing
+here is a constant of some machine or model.
 
 It refuses to know where the events come from and how they are shown.
 """
@@ -28,7 +28,7 @@ __all__ = ["Eta", "State"]
 
 _LOOK_SECONDS = 0.2
 _LOOKS = 512
-_FORGOTTEN = 0.5
+_FORGOTTEN = 0.25
 """Part of the time that no longer counts for the speed: workers come and go."""
 _LEAST_SECONDS = 5.0
 """Of the time, count in any case: rows end slice by slice, and a machine's speed changes."""
@@ -45,7 +45,7 @@ class State:
         total_rows: of the job; None where that is not known yet.
         errors, remembered: of the rows answered.
         prompt_tokens, output_tokens: read and generated, for rows under way too.
-        tokens_per_second: generated, over the latter half of the time.
+        tokens_per_second: generated, over the last three quarters of the time.
         seconds: since its first event.
         share: of the work that is done, 0 to 1; None before that can be told.
         eta: seconds that are left; None before that can be told.
