@@ -19,13 +19,14 @@ import numpy as np
 
 from daskllm import machine
 from daskllm.checkpoint import Checkpoint
+from daskllm.engine import knee
 from daskllm.engine.batcher import Batcher
 from daskllm.engine.engine import Engine, Ticket
 from daskllm.engine.kvcache import BlockPool
 from daskllm.engine.layers import ResidentModel
 from daskllm.engine.runner import Runner
 from daskllm.engine.sequence import Request, Sample
-from daskllm.engine.stage import MAX_SEQUENCES, MAX_STEP_TOKENS, Flight, kv_room, open_runner
+from daskllm.engine.stage import MAX_STEP_TOKENS, Flight, kv_room, open_runner
 from daskllm.metrics import EngineMetrics, Progress, error_kind
 from daskllm.models import DecoderConfig, layer_names
 from daskllm.results import Embedding, Score
@@ -117,7 +118,7 @@ class Session:
         """
         tokenizer = Tokenizer.from_directory(model.checkpoint.path)
         threads = machine.cores()
-        batcher = Batcher(BlockPool(blocks), flights * MAX_SEQUENCES, MAX_STEP_TOKENS, flights)
+        batcher = Batcher(BlockPool(blocks), flights * knee.FIRST, MAX_STEP_TOKENS, flights)
         speculate = depart is None and model.kernels.INVARIANT
         engine = Engine(runner, batcher, model.config.max_positions, threads, depart, speculate)
         return cls(spec, model, tokenizer, engine)

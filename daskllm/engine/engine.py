@@ -21,6 +21,7 @@ import torch
 from daskllm.engine import sampler
 from daskllm.engine.batch import Batch
 from daskllm.engine.batcher import Batcher, Step
+from daskllm.engine.knee import Knee
 from daskllm.engine.runner import LOGIT_ROWS, Runner
 from daskllm.engine.sequence import Request, Sample, SequenceState
 from daskllm.engine.speculation import Speculation
@@ -68,6 +69,7 @@ class Engine:
         self.metrics = EngineMetrics()
         self._speculation = Speculation(self.metrics, context)
         batcher.draft = self._speculation.draft if speculate else None
+        self._knee = Knee(self.metrics) if depart is None else None
         self._threads = threads
         self._changed = threading.Condition()
         self._depart = depart
@@ -226,6 +228,8 @@ class Engine:
 
     def _begin_step(self) -> None:
         began = time.monotonic()
+        if self._knee is not None:
+            self.batcher.max_sequences = self._knee.look()
         step = self.batcher.schedule()
         for sequence, why in step.failed:
             self._finish(sequence, sequence.finished("error", why))

@@ -18,6 +18,9 @@ from daskllm.types import SamplingParams, TokenLogprob
 __all__ = ["choose", "token_scores"]
 
 _SCORED_ROWS = 64  # at a time: float64 copies of wide rows
+_CANDIDATES = 1024
+"""The filters nearly always leave some of so many likeliest tokens, which are found in a fraction of the time
+that sorting the vocabulary takes."""
 
 
 def choose(logits: torch.Tensor, sequences: Sequence[SequenceState]) -> list[int]:
@@ -82,29 +85,60 @@ def _draw(logits: torch.Tensor, sequences: Sequence[SequenceState], filtered: bo
 
     uniform = column([s.generator.random() for s in sequences if s.generator is not None])
     weights = (logits.double() / column([p.temperature for p in params])).softmax(-1)
-    order = None
-    if filtered:
-        weights, order = weights.sort(dim=-1, descending=True, stable=True)
-        weights = _filter(weights, params)
+    if not filtered:
+        return _pick(weights, uniform)
+    if weights.shape[1] <= 4 * _CANDIDATES:
+        return _pick_kept(*weights.sort(dim=-1, descending=True, stable=True), weights, params, uniform)[0]
+    likeliest, ids = weights.topk(_CANDIDATES)
+    # Equal ones in the order of their ids, as sorting all of them leaves them.
+    ids, places = ids.sort(dim=-1)
+    likeliest, places = likeliest.gather(1, places).sort(dim=-1, descending=True, stable=True)
+    tokens, least = _pick_kept(likeliest, ids.gather(1, places), weights, params, uniform)
+    # Where a candidate as unlikely as the last one is kept, others may have to be.
+    for i in (least <= likeliest[:, -1]).nonzero()[:, 0].tolist():
+        one = weights[i : i + 1]
+        ordered = one.sort(dim=-1, descending=True, stable=True)
+        tokens[i : i + 1] = _pick_kept(*ordered, one, params[i : i + 1], uniform[i : i + 1])[0]
+    return tokens
+
+
+def _pick(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The first place of each row whose cumulative weight exceeds the draw."""
     cumulative = weights.cumsum(-1)
-    # The first token whose cumulative weight exceeds the draw; a draw next to 1 must not land past the last
-    # token with any weight.
     at = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-    last = (weights > 0).to(torch.int64).cumsum(-1).argmax(-1, keepdim=True)
-    at = torch.minimum(at, last)
-    return (at if order is None else order.gather(1, at))[:, 0]
+    at.clamp_(max=weights.shape[1] - 1)
+    # A draw next to 1 must not land past the last token with any weight.
+    for i in (weights.gather(1, at) == 0).nonzero()[:, 0].tolist():
+        at[i] = weights[i].nonzero()[-1]
+    return at[:, 0]
 
 
-def _filter(weights: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """Zero what top_k, top_p and min_p drop from probabilities sorted from the largest down."""
-    vocab = weights.shape[1]
+def _pick_kept(
+    ordered: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    params: Sequence[SamplingParams],
+    uniform: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A token of those that the filters leave of the likeliest ones, and the smallest weight left."""
+    kept = _filter(ordered, weights.sum(-1, keepdim=True), params)
+    least = ordered.masked_fill(kept == 0, np.inf).amin(-1)
+    return ids.gather(1, _pick(kept, uniform)[:, None])[:, 0], least
+
+
+def _filter(ordered: torch.Tensor, whole: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """Shares of the weights that top_k, top_p and min_p leave, zero for others; the largest come first.
+
+    ``whole`` is the sum of a row's weights, those among them that are not in ``ordered``.
+    """
 
     def column(values: Sequence[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=weights.device)[:, None]
+        return torch.tensor(values, dtype=torch.float64, device=ordered.device)[:, None]
 
-    rank = torch.arange(vocab, device=weights.device)
-    weights = weights.masked_fill(rank >= column([p.top_k or vocab for p in params]), 0.0)
-    weights = weights / weights.sum(-1, keepdim=True)
+    rank = torch.arange(ordered.shape[1], device=ordered.device)
+    top_k = column([p.top_k or np.inf for p in params])
+    weights = ordered.masked_fill(rank >= top_k, 0.0)
+    weights = weights / torch.where(top_k.isinf(), whole, weights.sum(-1, keepdim=True))
     before = weights.cumsum(-1) - weights
     # A row that keeps everything must not lose its last tokens to rounding in the sum.
     top_p = column([p.top_p if p.top_p < 1.0 else np.inf for p in params])

@@ -16,18 +16,17 @@ from dataclasses import dataclass, field
 import torch
 
 from daskllm import machine
+from daskllm.engine import knee
 from daskllm.engine.batch import Batch
 from daskllm.engine.kvcache import KVCache, blocks_for, bytes_per_block
 from daskllm.engine.layers import DecoderLayer, ResidentModel
 from daskllm.engine.runner import Runner
 from daskllm.types import ModelError
 
-__all__ = ["MAX_SEQUENCES", "MAX_STEP_TOKENS", "Flight", "Stage", "StageTimes", "kv_room", "open_runner"]
+__all__ = ["MAX_STEP_TOKENS", "Flight", "Stage", "StageTimes", "kv_room", "open_runner"]
 
 logger = logging.getLogger(__name__)
 
-MAX_SEQUENCES = 64
-"""Sequences that run together, for each step under way."""
 MAX_STEP_TOKENS = 512
 _KV_SHARE = 0.4
 """Part of the free memory that the KV cache may grow to when nobody says."""
@@ -64,7 +63,7 @@ def kv_room(model: ResidentModel, layers: Sequence[str], kv_memory: int | None, 
     config = model.config
     attending = sum(name.startswith("layers.") for name in layers)
     size = bytes_per_block(attending, config.num_kv_heads, config.head_dim, model.kv_torch_dtype.itemsize)
-    enough = flights * MAX_SEQUENCES * blocks_for(config.max_positions)
+    enough = flights * knee.MOST * blocks_for(config.max_positions)
     if not size:
         return enough
     if kv_memory is not None:

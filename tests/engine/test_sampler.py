@@ -16,6 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from daskllm.engine import sampler
 from daskllm.engine.sampler import choose, token_scores
 from daskllm.engine.sequence import Request, SequenceState
 from daskllm.types import SamplingParams
@@ -68,6 +69,27 @@ def test_draws_follow_the_distribution(rules: dict[str, Any]) -> None:
     else:
         wanted = list(np.array(wanted) * sum(observed) / sum(wanted))
     assert stats.chisquare(observed, wanted).pvalue > 1e-3
+
+
+WIDE_RULES: list[dict[str, Any]] = [
+    {"top_p": 0.9},
+    {"top_p": 0.9999},
+    {"top_k": 50},
+    {"top_k": 3000},
+    {"min_p": 0.02},
+    {"temperature": 0.7, "top_k": 200, "top_p": 0.95, "min_p": 0.001},
+]
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3, 4.0])
+def test_candidates_are_those_of_the_whole_vocabulary(monkeypatch: pytest.MonkeyPatch, spread: float) -> None:
+    """Also where many tokens are equally likely, and where more are kept than there are candidates."""
+    rows = (torch.randn(60, 9000, generator=torch.Generator().manual_seed(1)) * spread).bfloat16().float()
+    states = [{"temperature": 1.0, **WIDE_RULES[i % len(WIDE_RULES)]} for i in range(60)]
+    found = choose(rows.clone(), [state(i, **rules) for i, rules in enumerate(states)])
+    alone = [choose(rows[i : i + 1].clone(), [state(i, **rules)])[0] for i, rules in enumerate(states)]
+    monkeypatch.setattr(sampler, "_CANDIDATES", 9000)
+    assert choose(rows.clone(), [state(i, **rules) for i, rules in enumerate(states)]) == found == alone
 
 
 def test_a_row_draws_the_same_in_any_company() -> None:
