@@ -21,9 +21,9 @@ from daskllm.runtime.facts import Facts
 from daskllm.runtime.loading import (
     check_client,
     check_cluster,
-    close_on,
     keep_on,
     leave_on,
+    let_go_on,
     open_on,
     residency_of,
     specify,
@@ -307,13 +307,14 @@ class LLM:
         """Let the model go, all versions of it, here and on the client's workers; a later call opens the
         present one again.
 
-        Where other clients have loaded it too, it stays on the workers until they are gone.
+        Where other clients have loaded it too, it stays on the workers until they are gone; where rows of it
+        are under way, as a background job's, until they are done and it was idle for a while.
         """
         close_session(self.spec)
         client = client_for(self.client)
         if client is not None and client.status == "running" and leave_on(client, self.spec):
             for one in known(self.spec):
-                close_on(client, one)
+                let_go_on(client, one)
 
     @property
     def plan(self) -> Plan:

@@ -22,7 +22,7 @@ from dask.utils import parse_timedelta
 from distributed import SchedulerPlugin
 from tornado.ioloop import PeriodicCallback
 
-from daskllm.runtime.process import close_idle
+from daskllm.runtime.process import close_idle_on
 from daskllm.runtime.record import latest
 from daskllm.runtime.resident import open_models, resident_bytes
 from daskllm.runtime.versions import known
@@ -211,11 +211,10 @@ async def _keep(spec: ModelSpec, client: str, seconds: float, dask_scheduler: Sc
 async def _leave(spec: ModelSpec, client: str, dask_scheduler: Scheduler) -> bool:
     leases = _leases_of(dask_scheduler)
     if spec in leases.held:
+        # It stays, without a client: tasks that are there may keep the model open, or open it again.
         leases.held[spec].clients.discard(client)
-    if leases.clients_of(spec):
-        return False
-    leases.held.pop(spec, None)
-    return True
+        leases.held[spec].seen = time.monotonic()
+    return not leases.clients_of(spec)
 
 
 async def _leases(dask_scheduler: Scheduler) -> dict[ModelSpec, int]:
@@ -230,11 +229,7 @@ def serve(worker: Worker) -> None:
     """Let the scheduler ask this worker to close what is idle."""
 
     async def close(spec: bytes, seconds: float) -> bool:
-        from daskllm.runtime.stages import host_of
-
-        found = pickle.loads(spec)
-        staged = [await host_of(worker).close_idle(found, seconds)] if found.chains else []
-        return any([await asyncio.to_thread(close_idle, found, seconds), *staged])
+        return await close_idle_on(pickle.loads(spec), seconds, worker)
 
     worker.handlers["daskllm_close_idle"] = close
 

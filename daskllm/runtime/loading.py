@@ -17,7 +17,7 @@ from dask.utils import parse_bytes
 
 from daskllm.checkpoint import Checkpoint, open_checkpoint
 from daskllm.models import DecoderConfig, describe, sources
-from daskllm.runtime.process import close_session_on, open_session_on, resident_bytes_on
+from daskllm.runtime.process import close_idle_on, close_session_on, open_session_on, resident_bytes_on
 from daskllm.runtime.resident import open_files
 from daskllm.types import ModelError, ModelSpec
 
@@ -34,6 +34,7 @@ __all__ = [
     "keep_on",
     "kv_bytes",
     "leave_on",
+    "let_go_on",
     "open_on",
     "reachable",
     "residency_of",
@@ -202,10 +203,21 @@ def leave_on(client: Client, spec: ModelSpec) -> bool:
     return leave(client, spec)
 
 
+def let_go_on(client: Client, spec: ModelSpec) -> None:
+    """Close a model on the client's workers that have no rows of it; others are told by its lease, later."""
+    for one in specs_of(client, spec):
+        client.run(close_idle_on, one, 0.0)
+    _forget_heirs(client, spec)
+
+
 def close_on(client: Client, spec: ModelSpec) -> None:
     """Let a model go on the client's workers, wherever its stages are by now."""
     for one in specs_of(client, spec):
         client.run(close_session_on, one)
+    _forget_heirs(client, spec)
+
+
+def _forget_heirs(client: Client, spec: ModelSpec) -> None:
     if spec.chains:
         from daskllm.runtime.heirs import forget
 

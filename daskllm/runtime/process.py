@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "close_idle",
+    "close_idle_on",
     "close_session",
     "close_session_on",
     "engine_times",
@@ -218,6 +219,16 @@ async def close_session_on(spec: ModelSpec, dask_worker: Worker) -> None:
         for chain in (chain for one in known(spec) for chain in one.chains):
             await host_of(dask_worker).release(chain)
     await asyncio.to_thread(close_session, spec)
+
+
+async def close_idle_on(spec: ModelSpec, seconds: float, dask_worker: Worker) -> bool:
+    """As `close_idle` on a worker, for `Client.run`; its stages of the model included."""
+    staged = False
+    if spec.chains:
+        from daskllm.runtime.stages import host_of
+
+        staged = await host_of(dask_worker).close_idle(spec, seconds)
+    return await asyncio.to_thread(close_idle, spec, seconds) or staged
 
 
 async def is_open_on(spec: ModelSpec, dask_worker: Worker) -> bool:

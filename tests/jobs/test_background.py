@@ -7,12 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import dask
 import dask.dataframe as dd
 import pandas as pd
 import pytest
 from distributed import Client, LocalCluster
 
+import daskllm
 import daskllm.jobs as jobs
+from daskllm import demo
 from daskllm.runtime.process import session_for
 from tests.fake_session import FakeLLM
 
@@ -138,6 +141,65 @@ def test_a_job_is_cancelled_by_whoever_finds_it(
         again = answers(gated).llm.submit(str(tmp_path / "out"), name="unwanted")
         assert again.result(timeout=60).rows == 40
     assert written(tmp_path / "out") == EXPECTED
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("leave", ["client", "model"])
+def test_a_job_ends_well_though_its_model_was_let_go_meanwhile(
+    stages: int, leave: str, two_processes_cluster: LocalCluster, tmp_path: Path
+) -> None:
+    """Rows come late, when nobody has a lease any more and no worker has the model open."""
+    gate, name = tmp_path / "gate", f"late-{leave}-{stages}"
+    source = dd.from_pandas(demo.table().head(24), npartitions=4)
+    late = source.map_partitions(_once_there, str(gate), meta=source)
+    with Client(two_processes_cluster, set_as_default=False) as watcher:
+        with Client(two_processes_cluster) as first, dask.config.set({"daskllm.lease": "300ms"}):
+            llm = daskllm.load(demo.model_path(), client=first, stages=stages)
+            llm.generate("A", max_tokens=1)  # where kernels are not compiled yet, they are now
+            late.llm.chat(llm, "prompt", max_tokens=64).llm.submit(str(tmp_path / "out"), name=name)
+            if leave == "model":
+                until(lambda: _done(tmp_path / "out") >= 3)
+                llm.close()
+        until(lambda: _done(tmp_path / "out") >= 3)
+        until(lambda: daskllm.loaded(watcher).empty)
+        job = jobs.find(name, watcher)
+        assert job.status() == "running"
+        gate.touch()
+        assert job.result(timeout=120).rows == 24
+        assert demo.share_right(pd.read_parquet(tmp_path / "out")) >= 0.9
+        # And it is let go again, by whichever worker opened it for the job.
+        until(lambda: daskllm.loaded(watcher).empty)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("stages", [1, 2])
+def test_closing_a_model_waits_for_the_rows_of_a_job(
+    stages: int, two_processes_cluster: LocalCluster, tmp_path: Path
+) -> None:
+    table, name = dd.from_pandas(demo.table().head(24), npartitions=2), f"closed-{stages}"
+    with Client(two_processes_cluster) as client, dask.config.set({"daskllm.lease": "300ms"}):
+        llm = daskllm.load(demo.model_path(), client=client, stages=stages)
+        llm.generate("A", max_tokens=1)
+        out = table.llm.chat(llm, "prompt", max_tokens=400, ignore_eos=True)
+        job = out.llm.submit(str(tmp_path / "out"), name=name)
+        until(lambda: job.progress().output_tokens)
+        llm.close()
+        assert job.result(timeout=120).rows == 24
+        written = pd.read_parquet(tmp_path / "out")
+        assert set(written["generated_completion_tokens"]) == {400}
+        until(lambda: daskllm.loaded(client).empty)
+
+
+def _once_there(rows: pd.DataFrame, gate: str) -> pd.DataFrame:
+    """These rows; the table's last quarter only when there is a file."""
+    while rows.index.min() >= 18 and not Path(gate).exists():
+        time.sleep(0.02)
+    return rows
+
+
+def _done(directory: Path) -> int:
+    return len([*directory.glob("*.parquet")])
 
 
 def _running(spec: Any) -> int:
