@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -11,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
+import dask.dataframe as dd
+import pandas as pd
 import pytest
 from distributed import Client
 
@@ -92,6 +96,48 @@ def test_a_cluster_without_daskllm_is_told_so_and_gets_it_with_one_call(start: S
         assert list(plugged.values()) == [True, True]
         words = LLM(spec, client, config).tokenizer.encode("A cat.")
         assert client.submit(lambda there: there.tokenizer.encode("A cat."), LLM(spec)).result() == words
+
+
+@pytest.mark.cluster
+def test_a_table_is_answered_and_written_by_workers_that_were_sent_daskllm(
+    start: Start, tmp_path: Path
+) -> None:
+    address = f"tcp://127.0.0.1:{(port := free_port())}"
+    worker = ("worker", address, "--nworkers", "1", "--memory-limit", "0", "--no-dashboard")
+    with ExitStack() as stack:
+        stack.enter_context(start("scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard"))
+        for _ in range(2):
+            stack.enter_context(start(*worker))
+        client = stack.enter_context(Client(address, timeout="30s"))
+        client.wait_for_workers(2, timeout=60)
+        assert set(client.run(importlib.util.find_spec, "daskllm").values()) == {None}
+        daskllm.install(client)
+        (code,) = set(client.run(lambda: str(sys.modules["daskllm"].__file__)).values())
+        assert Path(code).parent != source.PACKAGE
+        _lay_kernels(Path(code).parent)
+        llm = daskllm.load(demo.model_path(), client=client)
+        table = dd.from_pandas(demo.table().head(24), npartitions=4)
+        answered = table.llm.chat(llm, "prompt", max_tokens=64)
+        assert answered.llm.to_parquet(tmp_path / "out").rows == 24
+        written = pd.read_parquet(tmp_path / "out")
+        assert written.index.tolist() == list(range(24))
+        assert written["generated_error"].isna().all()
+        assert demo.share_right(written) >= 0.9
+        assert set(daskllm.loaded(client)["worker"]) == set(client.nthreads())
+        # A job in the background is coordinated by one of them.
+        job = answered.llm.submit(str(tmp_path / "again"), name="sent")
+        assert job.result(timeout=120).rows == 24
+        assert pd.read_parquet(tmp_path / "again")["generated"].equals(written["generated"])
+
+
+def _lay_kernels(there: Path) -> None:
+    """Put kernels that are compiled here beside a copy of their code, which would take a minute to do so."""
+    kernels = Path("engine", "kernels", "cpu")
+    for code in (source.PACKAGE / kernels).glob("*.py"):
+        shutil.copystat(code, there / kernels / code.name)  # by its time Numba knows it
+    shutil.copytree(
+        source.PACKAGE / kernels / "__pycache__", there / kernels / "__pycache__", dirs_exist_ok=True
+    )
 
 
 @pytest.mark.cluster
