@@ -3,7 +3,8 @@
 Every operation treats a row by itself and in one order of operations, so that a row's bits do not depend
 on its company, on how its prompt was cut into chunks, or on the number of threads:
 
-- a product adds a row's inputs one after another, whatever tile the row is in;
+- a product adds a row's inputs in one order, whatever tile the row is in: one after another in vectors, 32
+  at a time in matrix registers;
 - attention walks a sequence's blocks from its first key to its last and treats keys beyond a row's own as
   exact zeros, so that a prefill tile and a decode step add the same numbers in the same order.
 

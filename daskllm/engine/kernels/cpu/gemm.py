@@ -5,9 +5,11 @@ memory: for bfloat16 two inputs of every output side by side, which is what the 
 (``VDPBF16PS``) takes; for float32 one. A tile keeps up to `ROWS` rows of one panel in registers and walks the
 inputs once, in order. So a row's bits depend neither on the other rows nor on how many threads there are.
 
-Where a CPU has no bfloat16 dot product, weights are widened as they are loaded; where it has no 512-bit
-registers, tiles are smaller. Measured on two Zen 4 cores against oneDNN's packed product, shapes of a
-135M-parameter model: 1.3 to 1.5 times as fast at 16 to 32 rows, the same at 512.
+Where a CPU has matrix registers, the same panels are multiplied in them (`amx`): on two Emerald Rapids cores
+the products of 512 prompt tokens took 100 ms where they took 830. Where it has no bfloat16 dot product,
+weights are widened as they are loaded; where it has no 512-bit registers, tiles are smaller. Measured on two
+Zen 4 cores against oneDNN's packed product, shapes of a 135M-parameter model: 1.3 to 1.5 times as fast at 16
+to 32 rows, the same at 512.
 """
 
 from __future__ import annotations
