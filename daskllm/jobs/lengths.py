@@ -85,7 +85,7 @@ class Trend:
 
     def __init__(self) -> None:
         self._groups = 0
-        self._sums = (0.0,) * 6
+        self._sums: tuple[float, ...] = (0.0,) * 6
 
     def add(self, rows: int, read: int, made: int) -> None:
         """Note that so many rows ended, with so many tokens of prompts and answers in all."""
@@ -94,7 +94,7 @@ class Trend:
         x, y = read / rows, made / rows
         self._groups += 1
         new = (rows, read, made, read * x, made * y, read * y)
-        self._sums = tuple(a + b for a, b in zip(self._sums, new, strict=True))  # type: ignore[assignment]
+        self._sums = tuple(a + b for a, b in zip(self._sums, new, strict=True))
 
     def factor(self, prompt: float) -> float:
         """Times what answers had so far that one has whose prompt is so long.

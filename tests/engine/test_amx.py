@@ -54,7 +54,7 @@ def test_onednns_products_are_right_before_and_after_ours() -> None:
 
 
 def test_products_need_no_matrix_registers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The vectors' tile, which is not used where there are matrix registers."""
+    """The tile in vectors, which is not used where there are matrix registers."""
     import numba
     import numpy as np
 
@@ -62,11 +62,11 @@ def test_products_need_no_matrix_registers(monkeypatch: pytest.MonkeyPatch) -> N
 
     @numba.njit
     def product(rows, x, w, bias, words, y):  # type: ignore[no-untyped-def]
-        gemm.block(rows, x, 0, 2 * words, w, 0, bias, 0, words, y, 0, gemm.COLUMNS, True)
+        gemm.tile(rows, x, 0, 2 * words, w, 0, bias, 0, words, y, 0, gemm.COLUMNS, True)
 
     weight = torch.randn(gemm.COLUMNS, 50).bfloat16()
     packed = pack([weight], [torch.randn(gemm.COLUMNS)])
-    for rows in range(1, gemm.ROWS + 1):
+    for rows in range(1, gemm.VECTOR_ROWS + 1):
         x, y = torch.randn(rows, 50).bfloat16(), torch.empty(rows, gemm.COLUMNS)
         flat = x.view(torch.int16).flatten().numpy().view(np.uint16)
         panels = packed.panels.view(torch.int16).flatten().numpy().view(np.uint16)

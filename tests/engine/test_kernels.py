@@ -237,7 +237,6 @@ def test_products_of_rows_with_a_block(
 
     if not vnni_there:
         monkeypatch.setattr(vnni, "_VNNI", "no such instruction")
-    monkeypatch.setattr(vnni.amx, "AVAILABLE", False)
 
     @numba.njit
     def products(rows, x, w, quads, start, out):  # type: ignore[no-untyped-def]

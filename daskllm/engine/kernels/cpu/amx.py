@@ -24,7 +24,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from daskllm.engine.kernels.cpu.simd import LANES, VECTOR, round_to_bfloat16, write_fetch
+from daskllm.engine.kernels.cpu.simd import LANES, VECTOR, round_to_bfloat16, splat, write_fetch
 
 __all__ = [
     "AVAILABLE",
@@ -162,7 +162,7 @@ def function(module: Any, rounded: bool) -> Any:
     ``cold``: the panel is not in a cache yet.
     """
     name = f"daskllm_amx_{'bf16' if rounded else 'f32'}"
-    kind = ir.FunctionType(ir.VoidType(), [_I64] * 9)
+    kind = ir.FunctionType(ir.VoidType(), [_I64] * 8 + [ir.IntType(1)])
     made = cgutils.get_or_insert_function(module, kind, name)
     if made.blocks:
         return made
@@ -171,18 +171,12 @@ def function(module: Any, rounded: bool) -> Any:
     builder = ir.IRBuilder(made.append_basic_block())
     rows, x, x_stride, w, bias, words, y, y_stride, cold = made.args
     room = builder.ptrtoint(builder.alloca(ir.ArrayType(ir.FloatType(), ROWS * _COLUMNS)), _I64)
-    after = made.append_basic_block("after")
-    first = builder.icmp_signed("!=", cold, _I64(0))
-    tall = builder.icmp_unsigned(">", rows, _I64(_HEIGHT))
-    for halves, fetched in ((1, True), (1, False), (2, True), (2, False)):
-        this = builder.and_(
-            tall if halves == 2 else builder.not_(tall), first if fetched else builder.not_(first)
-        )
-        with builder.if_then(this):
-            _products(builder, halves, fetched, x, x_stride, w, bias, words, room)
-            builder.branch(after)
-    builder.unreachable()
-    builder.position_at_end(after)
+    with builder.if_else(builder.icmp_unsigned(">", rows, _I64(_HEIGHT))) as (many, few):
+        for tall, halves in ((many, 2), (few, 1)):
+            with tall, builder.if_else(cold) as (first, later):
+                for branch, fetched in ((first, True), (later, False)):
+                    with branch:
+                        _products(builder, halves, fetched, x, x_stride, w, bias, words, room)
     with cgutils.for_range(builder, rows) as loop:
         line = builder.add(room, builder.mul(loop.index, _I64(_PANEL)))
         to = builder.add(y, builder.mul(loop.index, y_stride))
@@ -246,10 +240,7 @@ def int8_function(module: Any) -> Any:
         _shape(builder, _I64(LANES))
     vector = ir.VectorType(ir.IntType(32), LANES)
     with cgutils.for_range(builder, _I64(INT8_ROWS)) as loop:
-        less = builder.load(builder.gep(minus, [loop.index]))
-        undefined, lanes = ir.Constant(vector, ir.Undefined), ir.Constant(vector, [0] * LANES)
-        less = builder.insert_element(undefined, less, ir.IntType(32)(0))
-        less = builder.shuffle_vector(less, undefined, lanes)
+        less = splat(builder, builder.load(builder.gep(minus, [loop.index])))
         line = builder.gep(out, [builder.mul(loop.index, _I64(INT8_SIXTEENS * LANES))])
         for i in range(INT8_SIXTEENS):
             place = builder.bitcast(builder.gep(line, [_I64(i * LANES)]), vector.as_pointer())
@@ -260,7 +251,7 @@ def int8_function(module: Any) -> Any:
 
 @intrinsic
 def configure(typingctx):  # type: ignore[no-untyped-def]
-    """Shape this thread's registers for `function`; nothing where there are none."""
+    """Shape this thread's registers for `function` and `int8_function`; nothing where there are none."""
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
         if AVAILABLE:

@@ -7,7 +7,7 @@ import numpy as np
 
 from daskllm.engine.batch import BLOCK_SIZE, TILE
 from daskllm.engine.kernels.cpu import amx
-from daskllm.engine.kernels.cpu.gemm import COLUMNS, block, rows_together
+from daskllm.engine.kernels.cpu.gemm import COLUMNS, rows_together, tile
 from daskllm.engine.kernels.cpu.simd import (
     LANES,
     array,
@@ -42,7 +42,7 @@ def _products(rows, x, width, w, base, zeros, words, out, at, stride):  # type: 
     row = 0
     while row < rows:
         many = rows_together(rows - row, x)
-        block(many, x, row * width, width, w, base, zeros, 0, words, out, row * stride + at, stride, False)
+        tile(many, x, row * width, width, w, base, zeros, 0, words, out, row * stride + at, stride, False)
         row += many
 
 
@@ -147,8 +147,8 @@ def attend(  # type: ignore[no-untyped-def]
     end = position + count
     begin = max(0, position - window + 1) if window else 0
     words = size * keys.itemsize // 4
-    first_block, last = begin // BLOCK_SIZE, (end + BLOCK_SIZE - 1) // BLOCK_SIZE
-    for j in range(first_block, last):
+    last = (end + BLOCK_SIZE - 1) // BLOCK_SIZE
+    for j in range(begin // BLOCK_SIZE, last):
         base = (tables[table + j] * kv_heads + head) * BLOCK_SIZE
         if j + 1 < last:
             _fetch_block(keys, values, tables[table + j + 1] * kv_heads + head, size, padded)

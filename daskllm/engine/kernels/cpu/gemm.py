@@ -2,8 +2,9 @@
 
 A weight is packed into panels of `COLUMNS` outputs, so that one step of the inner loop reads one stretch of
 memory: for bfloat16 two inputs of every output side by side, which is what the dot-product instruction
-(``VDPBF16PS``) takes; for float32 one. A tile keeps up to `ROWS` rows of one panel in registers and walks the
-inputs once, in order. So a row's bits depend neither on the other rows nor on how many threads there are.
+(``VDPBF16PS``) takes; for float32 one. A tile keeps up to `VECTOR_ROWS` rows of one panel in registers and
+walks the inputs once, in order. So a row's bits depend neither on the other rows nor on how many threads
+there are.
 
 Where a CPU has matrix registers, the same panels are multiplied in them (`amx`): on two Emerald Rapids cores
 the products of 512 prompt tokens took 100 ms where they took 830. Where it has no bfloat16 dot product,
@@ -15,7 +16,7 @@ to 32 rows, the same at 512.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ from daskllm.engine.kernels.cpu.simd import (
     array,
     element_pointer,
     round_to_bfloat16,
+    splat,
 )
 from daskllm.engine.kernels.cpu.team import SIGNATURE, run, take, together
 
@@ -44,11 +46,10 @@ if TYPE_CHECKING:
     from daskllm.engine.kernels.cpu.int8 import PackedInt8
 
 __all__ = [
-    "BLOCK_ROWS",
     "COLUMNS",
     "ROWS",
+    "VECTOR_ROWS",
     "Packed",
-    "block",
     "linear",
     "pack",
     "product",
@@ -60,31 +61,22 @@ _FEATURES = llvmlite.binding.get_host_cpu_features()
 _WIDE = bool(_FEATURES.get("avx512f"))
 _DOTS = bool(_FEATURES.get("avx512bf16"))
 
-ROWS = 12 if _WIDE else 6
-"""Rows of a tile at most: with two vectors of columns, 24 of 32 registers hold sums."""
+VECTOR_ROWS = 12 if _WIDE else 6
+"""Rows of a tile in vectors at most: with two vectors of columns, 24 of 32 registers hold sums."""
 _VECTORS = 2 if _WIDE else 1
 COLUMNS = _VECTORS * LANES
 """Outputs of a panel."""
-BLOCK_ROWS = max(ROWS, amx.ROWS if amx.AVAILABLE else 0)
-"""Rows of a `block` at most."""
+ROWS = amx.ROWS if amx.AVAILABLE else VECTOR_ROWS
+"""Rows of any tile at most."""
 
 _ALIGN = 64
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _VI, _VH = ir.VectorType(_I32, LANES), ir.VectorType(_I16, LANES)
-
-
 _PAIRS = ir.VectorType(BFloat(), 2 * LANES)
 
 
 def _at(builder: Any, address: Any, kind: Any, offset: int = 0) -> Any:
     return builder.inttoptr(builder.add(address, _I64(offset)), kind.as_pointer())
-
-
-def _splat(builder: Any, scalar: Any) -> Any:
-    kind = ir.VectorType(scalar.type, LANES)
-    undefined = ir.Constant(kind, ir.Undefined)
-    vector = builder.insert_element(undefined, scalar, _I32(0))
-    return builder.shuffle_vector(vector, undefined, ir.Constant(_VI, [0] * LANES))
 
 
 def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
@@ -140,7 +132,7 @@ class _Tile:
         if not function.blocks:
             function.linkage = "internal"
             builder = ir.IRBuilder(function.append_basic_block())
-            ways = [function.append_basic_block(f"rows_{n}") for n in range(1, ROWS + 1)]
+            ways = [function.append_basic_block(f"rows_{n}") for n in range(1, VECTOR_ROWS + 1)]
             jump = builder.switch(function.args[0], ways[-1])
             for n, block in enumerate(ways, start=1):
                 jump.add_case(_I64(n), block)
@@ -162,7 +154,7 @@ class _Tile:
         place = builder.add(x, builder.mul(k, _I64(4)))
         grown = []
         for row in sums:
-            word = _splat(builder, builder.load(_at(builder, place, _I32), align=4))
+            word = splat(builder, builder.load(_at(builder, place, _I32), align=4))
             pairs = zip(row, columns, strict=True)
             grown.append([_accumulate(builder, self.narrow, total, word, column) for total, column in pairs])
             place = builder.add(place, x_stride)
@@ -185,71 +177,51 @@ class _Tile:
             y = builder.add(y, y_stride)
 
 
-def _call(write: Callable[[Any, bool, bool], Any], sig: Any, context: Any, builder: Any, args: Any) -> Any:
-    """Call the function that ``write(module, narrow, rounded)`` has written, with addresses and bytes."""
-    rows, x, at_x, x_stride, w, at_w, bias, at_bias, words, y, at_y, y_stride, *rest = args
-    narrow, rounded = (sig.args[position].dtype == types.uint16 for position in (1, 9))
-
-    def start(position: int, array: Any, index: Any) -> Any:
-        return builder.ptrtoint(element_pointer(context, builder, sig.args[position], array, index), _I64)
-
-    each = (
-        rows,
-        start(1, x, at_x),
-        builder.mul(x_stride, _I64(2 if narrow else 4)),
-        start(4, w, at_w),
-        start(6, bias, at_bias),
-        words,
-        start(9, y, at_y),
-        builder.mul(y_stride, _I64(2 if rounded else 4)),
-        *rest,
-    )
-    function = write(builder.module, narrow, rounded)
-    builder.call(function, each[: len(function.args)])
-    return context.get_dummy_value()
-
-
-def _write_tile(module: Any, narrow: bool, rounded: bool) -> Any:
-    return _Tile(narrow, rounded).function(module)
-
-
-def _write_block(module: Any, narrow: bool, rounded: bool) -> Any:
-    if narrow and amx.AVAILABLE:
-        return amx.function(module, rounded)
-    return _write_tile(module, narrow, rounded)
-
-
 @intrinsic
-def tile(typingctx, rows, x, at_x, x_stride, w, at_w, bias, at_bias, words, y, at_y, y_stride):  # type: ignore[no-untyped-def]
-    """``y[r, c] = bias[c] + sum of x[r, k] * w[k, c]`` for 1 to `ROWS` rows and one panel of columns.
+def tile(typingctx, rows, x, at_x, x_stride, w, at_w, bias, at_bias, words, y, at_y, y_stride, cold):  # type: ignore[no-untyped-def]
+    """``y[r, c] = bias[c] + sum of x[r, k] * w[k, c]`` for `rows_together` rows and one panel of columns.
 
     x, w and y are flat arrays, float32 or (as uint16) bfloat16, bias is float32. ``at_`` is where each begins
-    and ``_stride`` how far apart two rows are, in elements; ``words`` counts the inputs in fours of bytes.
+    and ``_stride`` how far apart two rows are, in elements; ``words`` counts the inputs in fours of bytes;
+    ``cold`` tells that the panel is in no cache yet. For matrix registers the thread has called
+    `amx.configure`, and `amx.SLACK` rows behind the last one of ``x`` may be read.
     """
+    narrow, rounded = (one.dtype == types.uint16 for one in (x, y))
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        rows, x, at_x, x_stride, w, at_w, bias, at_bias, words, y, at_y, y_stride, cold = args
+
+        def start(position, array, index):  # type: ignore[no-untyped-def]
+            return builder.ptrtoint(element_pointer(context, builder, sig.args[position], array, index), _I64)
+
+        size_x, size_y = _I64(2 if narrow else 4), _I64(2 if rounded else 4)
+        each = (
+            rows,
+            start(1, x, at_x),
+            builder.mul(x_stride, size_x),
+            start(4, w, at_w),
+            start(6, bias, at_bias),
+            words,
+            start(9, y, at_y),
+            builder.mul(y_stride, size_y),
+        )
+        if narrow and amx.AVAILABLE:
+            builder.call(amx.function(builder.module, rounded), (*each, cold))
+        else:
+            builder.call(_Tile(narrow, rounded).function(builder.module), each)
+        return context.get_dummy_value()
+
     i = types.int64
-    kind = types.void(i, x, i, i, w, i, bias, i, i, y, i, i)
-    return kind, lambda context, builder, sig, args: _call(_write_tile, sig, context, builder, args)
-
-
-@intrinsic
-def block(typingctx, rows, x, at_x, x_stride, w, at_w, bias, at_bias, words, y, at_y, y_stride, cold):  # type: ignore[no-untyped-def]
-    """As `tile`, for as many rows as `rows_together` says, in matrix registers where there are some.
-
-    ``cold`` tells whether it is the first with this panel.
-    `amx.SLACK` rows behind the last one of ``x`` may be read, and the thread has called `amx.configure`.
-    """
-    i = types.int64
-    kind = types.void(i, x, i, i, w, i, bias, i, i, y, i, i, i)
-    return kind, lambda context, builder, sig, args: _call(_write_block, sig, context, builder, args)
+    return types.void(i, x, i, i, w, i, bias, i, i, y, i, i, types.boolean), codegen
 
 
 @numba.njit
 def rows_together(left, x):  # type: ignore[no-untyped-def]
-    """How many of the rows left a `block` takes."""
+    """How many of the rows left a `tile` takes."""
     if amx.AVAILABLE and x.itemsize == 2:
         return min(left, amx.ROWS)
     # Tiles of nearly the same height: a short last one would leave most registers idle.
-    tiles = (left + ROWS - 1) // ROWS
+    tiles = (left + VECTOR_ROWS - 1) // VECTOR_ROWS
     return (left + tiles - 1) // tiles
 
 
@@ -264,10 +236,10 @@ def product(panel, rows, x, x_stride, w, bias, places, words, y, y_stride, spare
         at = row * x_stride
         if count == COLUMNS:
             to = row * y_stride + place
-            block(many, x, at, x_stride, w, start, bias, panel * COLUMNS, words, y, to, y_stride, row == 0)
+            tile(many, x, at, x_stride, w, start, bias, panel * COLUMNS, words, y, to, y_stride, row == 0)
         else:
-            block(many, x, at, x_stride, w, start, bias, panel * COLUMNS, words, spare, 0, COLUMNS,
-                  row == 0)  # fmt: skip
+            tile(many, x, at, x_stride, w, start, bias, panel * COLUMNS, words, spare, 0, COLUMNS,
+                 row == 0)  # fmt: skip
             for r in range(many):
                 for c in range(count):
                     y[(row + r) * y_stride + place + c] = spare[r * COLUMNS + c]
@@ -283,7 +255,7 @@ def _linear_loop(pointer, dtype, out):  # type: ignore[no-untyped-def]
     bias = array(a[4], panels * COLUMNS, np.float32)
     places = array(a[5], 2 * panels, np.int64)
     y = array(a[6], rows * y_stride, out)
-    spare = np.empty(BLOCK_ROWS * COLUMNS, out)
+    spare = np.empty(ROWS * COLUMNS, out)
     group = together(rows, panels)
     amx.configure()
     while True:

@@ -20,7 +20,6 @@ from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 __all__ = [
-    "BFLOATS",
     "LANES",
     "VECTOR",
     "BFloat",
@@ -30,6 +29,7 @@ __all__ = [
     "fetch",
     "load",
     "round_to_bfloat16",
+    "splat",
     "store",
     "vadd",
     "vblend",
@@ -55,8 +55,6 @@ VECTOR = ir.VectorType(_F32, LANES)
 _VI = ir.VectorType(_I32, LANES)
 _VH = ir.VectorType(ir.IntType(16), LANES)
 _VB = ir.VectorType(ir.IntType(8), LANES)
-
-
 _ROUNDS = bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16"))
 
 
@@ -73,7 +71,7 @@ class BFloat(ir.Type):
         return hash(BFloat)
 
 
-BFLOATS = ir.VectorType(BFloat(), LANES)
+_BFLOATS = ir.VectorType(BFloat(), LANES)
 
 
 class Float32x16(types.Type):
@@ -108,9 +106,11 @@ def element_pointer(context: Any, builder: Any, array_type: Any, array: Any, ind
     return builder.gep(data, [index])
 
 
-def _splat(builder: Any, scalar: Any) -> Any:
-    vector = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), scalar, _I32(0))
-    return builder.shuffle_vector(vector, ir.Constant(VECTOR, ir.Undefined), _const(_VI, 0))
+def splat(builder: Any, scalar: Any) -> Any:
+    """Write a vector with this number, of whichever type, in every lane."""
+    undefined = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
+    vector = builder.insert_element(undefined, scalar, _I32(0))
+    return builder.shuffle_vector(vector, undefined, _const(_VI, 0))
 
 
 @intrinsic
@@ -118,7 +118,7 @@ def vsplat(typingctx, x):  # type: ignore[no-untyped-def]
     """A float32 in every lane."""
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        return _splat(builder, args[0])
+        return splat(builder, args[0])
 
     return f32x16(types.float32), codegen
 
@@ -129,7 +129,7 @@ def round_to_bfloat16(builder: Any, value: Any) -> Any:
     Where there is an instruction for vectors, they are rounded by it: denormal numbers become zero.
     """
     if value.type == VECTOR and _ROUNDS:
-        kind = ir.FunctionType(BFLOATS, [VECTOR])
+        kind = ir.FunctionType(_BFLOATS, [VECTOR])
         name = "llvm.x86.avx512bf16.cvtneps2bf16.512"
         function = cgutils.get_or_insert_function(builder.module, kind, name)
         return builder.bitcast(builder.call(function, (value,)), _VH)
@@ -295,9 +295,7 @@ def vblend(typingctx, a, b, first, last):  # type: ignore[no-untyped-def]
             wide = index.type
             low = builder.select(builder.icmp_signed("<", index, wide(0)), wide(0), index)
             high = builder.select(builder.icmp_signed(">", low, wide(LANES)), wide(LANES), low)
-            scalar = builder.trunc(high, _I32)
-            vector = builder.insert_element(ir.Constant(_VI, ir.Undefined), scalar, _I32(0))
-            return builder.shuffle_vector(vector, ir.Constant(_VI, ir.Undefined), _const(_VI, 0))
+            return splat(builder, builder.trunc(high, _I32))
 
         inside = builder.and_(
             builder.icmp_signed(">=", lanes, spread(first_)), builder.icmp_signed("<", lanes, spread(last_))

@@ -19,7 +19,7 @@ from daskllm.engine.batch import BLOCK_SIZE, Batch
 from daskllm.engine.kernels import padded_head_dim
 from daskllm.engine.kernels.cpu import amx
 from daskllm.engine.kernels.cpu.attention import attend, attention_scratch
-from daskllm.engine.kernels.cpu.gemm import BLOCK_ROWS, COLUMNS, block, product, rows_together
+from daskllm.engine.kernels.cpu.gemm import COLUMNS, ROWS, product, rows_together, tile
 from daskllm.engine.kernels.cpu.rope import rope_row
 from daskllm.engine.kernels.cpu.rows import ACTIVATIONS, activate_row, norm_row
 from daskllm.engine.kernels.cpu.simd import LANES, array, as_float
@@ -132,8 +132,8 @@ def _mlp(a, phase, counters, table, at, spare, scratch, dtype):  # type: ignore[
                 many = rows_together(last - row, x)
                 for half in range(1 + gated):
                     p = panel + half * each
-                    block(many, x, row * size, size, w, p * size * COLUMNS, bias, p * COLUMNS, words,
-                          spare, half * COLUMNS, 2 * COLUMNS, row == first)  # fmt: skip
+                    tile(many, x, row * size, size, w, p * size * COLUMNS, bias, p * COLUMNS, words,
+                         spare, half * COLUMNS, 2 * COLUMNS, row == first)  # fmt: skip
                 for r in range(many):
                     to = (row + r) * a[INNER] + places[2 * panel]
                     columns = places[2 * panel + 1]
@@ -207,7 +207,7 @@ def stack_loop(pointer, dtype, rope, attention, attention_scratch):  # type: ign
     team = team_size(a[TEAM_AT])
     begin(clock)
     heads, kv_heads, size = a[HEADS], a[KV_HEADS], a[SIZE]
-    spare = np.empty(2 * BLOCK_ROWS * COLUMNS, dtype)
+    spare = np.empty(2 * ROWS * COLUMNS, dtype)
     lanes = np.zeros(max(size, LANES), np.float32)
     scratch = attention_scratch(heads // kv_heads, size, a[PADDED], dtype)
     hidden, give_way = a[HIDDEN], a[YIELD_AT]

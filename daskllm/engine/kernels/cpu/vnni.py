@@ -14,7 +14,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from daskllm.engine.kernels.cpu import amx
-from daskllm.engine.kernels.cpu.simd import LANES, element_pointer
+from daskllm.engine.kernels.cpu.simd import LANES, element_pointer, splat
 
 __all__ = ["BLOCK_ROWS", "TILE_COLUMNS", "TILE_ROWS", "dot_rows", "dot_tile"]
 
@@ -32,12 +32,6 @@ _VI = ir.VectorType(_I32, LANES)
 
 def _const(value: int) -> Any:
     return ir.Constant(_VI, [value] * LANES)
-
-
-def _splat(builder: Any, scalar: Any) -> Any:
-    undefined = ir.Constant(_VI, ir.Undefined)
-    one = builder.insert_element(undefined, scalar, _I32(0))
-    return builder.shuffle_vector(one, undefined, _const(0))
 
 
 def _dot(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
@@ -74,11 +68,11 @@ def _tile_function(module: Any) -> Any:
     totals = [cgutils.alloca_once(builder, _VI) for _ in range(TILE_ROWS * TILE_COLUMNS)]
     for i, total in enumerate(totals):
         start = builder.neg(builder.load(builder.gep(minus, [_I64(i // TILE_COLUMNS)])))
-        builder.store(_splat(builder, start), total)
+        builder.store(splat(builder, start), total)
     with cgutils.for_range(builder, quads) as loop:
         columns = [builder.load(builder.gep(one, [loop.index]), align=1) for one in weights]
         for r, row in enumerate(rows):
-            value = _splat(builder, builder.load(builder.gep(row, [loop.index]), align=1))
+            value = splat(builder, builder.load(builder.gep(row, [loop.index]), align=1))
             for column, total in zip(columns, totals[r * TILE_COLUMNS :], strict=False):
                 builder.store(_dot(builder, builder.load(total), column, value), total)
     into = builder.bitcast(out, _VI.as_pointer())
@@ -152,7 +146,7 @@ def _rows_loop(
     out: Any,
 ) -> None:
     words = _I32.as_pointer()
-    first = [_splat(builder, builder.load(builder.gep(start, [_I64(r)]), align=4)) for r in range(rows)]
+    first = [splat(builder, builder.load(builder.gep(start, [_I64(r)]), align=4)) for r in range(rows)]
     before, loop, after = builder.block, *(builder.append_basic_block(name) for name in ("k", "end"))
     builder.branch(loop)
     builder.position_at_end(loop)
@@ -162,7 +156,7 @@ def _rows_loop(
     columns = [builder.load(builder.gep(panel, [_I64(j)]), align=1) for j in range(2)]
     place, grown = builder.gep(x, [builder.mul(k, _I64(4))]), []
     for row in sums:
-        value = _splat(builder, builder.load(builder.bitcast(place, words), align=1))
+        value = splat(builder, builder.load(builder.bitcast(place, words), align=1))
         pairs = [(column, value) if columns_unsigned else (value, column) for column in columns]
         grown.append([_dot(builder, total, *pair) for total, pair in zip(row, pairs, strict=True)])
         place = builder.gep(place, [stride])
