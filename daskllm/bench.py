@@ -119,9 +119,10 @@ def measure(
         ``load_s`` from the call of ``load`` until ready to generate; ``seconds`` for all rows after the
         warm-up; ``out_tokens``, ``out_tokens_per_s``, ``prompt_tokens``, ``rows``; ``base_rss_mb`` resident
         before ``load`` and ``peak_rss_mb`` the most ever resident, both in 10**6 bytes and summed over the
-        processes that hold the model; ``preemptions``; ``reused_tokens``, prompt tokens whose keys and
-        values were found instead of computed; the machine and versions it ran on; and ``profile`` where it
-        was asked for.
+        processes that hold the model; ``cpu_s``, seconds of cores that those processes took for the rows, and
+        on a cluster ``client_cpu_s``, those of client and scheduler; ``preemptions``; ``reused_tokens``,
+        prompt tokens whose keys and values were found instead of computed; the machine and versions it ran
+        on; and ``profile`` where it was asked for.
 
     Raises:
         ValueError: options that exclude each other.
@@ -151,8 +152,9 @@ def measure(
             options["stages"] = stages
         measured = _on_cluster(model, work, options, workers, threads or 2)
     measured["out_tokens_per_s"] = round(measured["out_tokens"] / measured["seconds"], 1)
-    for name in ("load_s", "seconds", "base_rss_mb", "peak_rss_mb"):
-        measured[name] = round(measured[name], 3)
+    for name in ("load_s", "seconds", "cpu_s", "client_cpu_s", "base_rss_mb", "peak_rss_mb"):
+        if name in measured:
+            measured[name] = round(measured[name], 3)
     prompt_tokens = sum(len(row.prompt) for row in work)
     return {**measured, "rows": len(work), "prompt_tokens": prompt_tokens, **_where()}
 
@@ -170,12 +172,13 @@ def _in_process(
         without_drafts(session)
         _answer(session, _warm_up(work))
         watch = Profile(session.engine) if profile else None
-        begun = time.perf_counter()
+        cpu, begun = _cpu_seconds(), time.perf_counter()
         tokens = _answer(session, work)
         seconds = time.perf_counter() - begun
         measured = {
             "load_s": load_s,
             "seconds": seconds,
+            "cpu_s": _cpu_seconds() - cpu,
             "out_tokens": tokens,
             "base_rss_mb": base,
             "peak_rss_mb": _peak_resident(),
@@ -222,9 +225,12 @@ def _on_cluster(
         _at_each(client, engines_at, _answer_here, spec, _warm_up(work))
         costs = np.array([len(row.prompt) + row.out for row in work], dtype="float64")
         parts = [[work[row] for row in batch] for batch in batches(costs, len(engines_at))]
+        workers_cpu, cpu = sum(client.run(_cpu_seconds).values()), _cpu_seconds()
         begun = time.perf_counter()
         tokens = sum(client.gather(client.map(_answer_here, [spec] * len(parts), parts, pure=False)))
         seconds = time.perf_counter() - begun
+        cpu = _cpu_seconds() - cpu
+        workers_cpu = sum(client.run(_cpu_seconds).values()) - workers_cpu
         if spec.chains:
             engines = list(client.run(at_engine, spec, _engine, workers=engines_at).values())
         else:
@@ -232,6 +238,8 @@ def _on_cluster(
         return {
             "load_s": load_s,
             "seconds": seconds,
+            "cpu_s": workers_cpu,
+            "client_cpu_s": cpu,
             "out_tokens": tokens,
             "base_rss_mb": base,
             "peak_rss_mb": sum(client.run(_peak_resident).values()),
@@ -309,6 +317,12 @@ def _engine(session: Session) -> dict[str, Any]:
         "reused_tokens": metrics.reused_tokens,
         "mean_batch": round(metrics.fill(), 1),
     }
+
+
+def _cpu_seconds() -> float:
+    """What this process has taken of the cores so far, all of its threads together."""
+    times = psutil.Process().cpu_times()
+    return times.user + times.system
 
 
 def _resident() -> float:

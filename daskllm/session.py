@@ -128,6 +128,11 @@ class Session:
         """What the engine has done so far."""
         return self.engine.metrics
 
+    @property
+    def rows_together(self) -> int:
+        """How many sequences the engine runs together at most, by what it has seen so far."""
+        return self.engine.batcher.max_sequences
+
     def close(self) -> None:
         """Stop the engine and let the weights go; rows that are still waiting fail."""
         atexit.unregister(self._at_exit)

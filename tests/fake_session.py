@@ -88,6 +88,7 @@ class FakeSession:
 
     tokenizer = FakeTokenizer()
     context = 100
+    rows_together = 64
 
     def __init__(self, spec: FakeSpec) -> None:
         self.spec = spec

@@ -32,6 +32,8 @@ def check(measured: dict[str, Any]) -> None:
     )
     assert 0 < measured["base_rss_mb"] <= measured["peak_rss_mb"]
     assert measured["load_s"] > 0
+    assert measured["cpu_s"] > 0
+    assert ("client_cpu_s" in measured) == ("workers" in measured)
     assert measured["preemptions"] == 0
     assert measured["dtype"] == "float32"
     assert set(measured["versions"]) >= {"python", "torch", "dask"}

@@ -55,7 +55,10 @@ class RemoteSession:
 
     Attributes:
         metrics: what was done at this end; each engine has its own.
+        rows_together: how many rows from here an engine should have at least; more come from other workers.
     """
+
+    rows_together = 0
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec

@@ -116,6 +116,7 @@ def watched(call: Call, rows: int, job: str = "") -> Iterator[Run]:
     def cancelled() -> bool:
         if task is None:
             return given_up()
+        task.together = session.rows_together
         task.make_room()
         return task.cancelled() or task.leaving()
 

@@ -43,8 +43,8 @@ __all__ = [
 ]
 
 ROWS_IN_HAND = 96
-"""Unfinished rows of a worker's tasks below which it takes another: half as many again as its engine runs
-together, since some end between two looks."""
+"""Unfinished rows of a worker's tasks below which it takes another, as long as its engine does not run more
+together: half as many again as one begins with, since some end between two looks."""
 _FEW_ROWS = 32
 """In hand, though the queue gets short: below, what an engine takes for a token rises by a tenth and more."""
 _PLENTY = 6
@@ -120,6 +120,7 @@ class WorkerTask:
         urgency: its priority as a user gives it; more is sooner.
         span: its `distributed.span`, the tags joined by "/"; "" without one.
         rows: sequences of its rows that are unfinished.
+        together: how many sequences the engine that answers them runs together, by what it said last.
     """
 
     def __init__(self, worker: Worker, key: Any) -> None:
@@ -130,7 +131,7 @@ class WorkerTask:
         # Not from this thread's annotations, which may be those of a task that has seceded.
         span = (known.annotations or {}).get("span") if known is not None else None
         self.span = "/".join(span["name"]) if span else ""
-        self.rows = self._samples = 0
+        self.rows = self.together = self._samples = 0
         self._left = self._alone = False
 
     def cancelled(self) -> bool:
@@ -221,7 +222,8 @@ class WorkerTask:
         if len(begun) < max(2, self.worker.state.nthreads):
             return True
         rows = sum(max(0, other.rows) for other in begun)
-        if len(begun) >= _MOST_TASKS or rows >= ROWS_IN_HAND:
+        enough = max(ROWS_IN_HAND, *(other.together * 3 // 2 for other in begun))
+        if len(begun) >= _MOST_TASKS or rows >= enough:
             return False
         if rows < _FEW_ROWS or _workers.get(self.worker.id, 1) == 1:
             return True

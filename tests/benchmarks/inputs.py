@@ -73,12 +73,15 @@ def make_model(path: Path, shape: str = "135M", dtype: str = "bfloat16", seed: i
     return path
 
 
-def make_work(path: Path, rows: int = 64, seed: int = 0) -> Path:
+def make_work(path: Path, rows: int = 64, seed: int = 0, prefix: int = 0, out: int | None = None) -> Path:
     """Write `rows` random prompts; lengths are log-normal, so that a few rows are far longer than the rest.
 
-    Medians: 100 tokens in (16 to 512), 40 out (4 to 256).
+    Medians: 100 tokens in (16 to 512), 40 out (4 to 256) or `out` for each. All begin with the same `prefix`
+    tokens, which come on top.
     """
     draw = Random(seed)
+    of_prefix = Random(seed + 1)
+    beginning = [of_prefix.randrange(1, VOCABULARY) for _ in range(prefix)]
 
     def length(median: float, spread: float, least: int, most: int) -> int:
         return round(min(most, max(least, math.exp(draw.gauss(math.log(median), spread)))))
@@ -86,7 +89,8 @@ def make_work(path: Path, rows: int = 64, seed: int = 0) -> Path:
     work = []
     for _ in range(rows):
         prompt = [draw.randrange(1, VOCABULARY) for _ in range(length(100, 0.6, 16, 512))]
-        work.append({"prompt": prompt, "out": length(40, 0.9, 4, 256)})
+        drawn = length(40, 0.9, 4, 256)
+        work.append({"prompt": beginning + prompt, "out": out or drawn})
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(work))
     return path

@@ -34,6 +34,7 @@ class NullSession:
 
     tokenizer = _Tokenizer()
     context = 1 << 20
+    rows_together = 64
 
     def __init__(self, spec: NullSpec) -> None:
         self.spec = spec

@@ -5,7 +5,8 @@
 Layouts are measured in turns by ``daskllm bench`` and compared by the medians of their rounds: the bare
 engine and one worker on all cores; one worker on one core; two workers of one core each, as replicas and as
 stages. Beside them two bare engines of one core answer half of the rows each, at the same time and without
-Dask: what two cores that share a memory can bring at most.
+Dask: what two cores that share a memory can bring at most. Beside the speeds it says how many seconds of
+cores there were, how many the engines' processes took, and how many client and scheduler.
 """
 
 from __future__ import annotations
@@ -77,20 +78,34 @@ def main() -> None:
     all_cores = sorted(os.sched_getaffinity(0))
     command = bench(model, work)
     speeds: dict[str, list[float]] = {name: [] for name in (*LAYOUTS, TWO_ALONE)}
+    cpu_s: dict[str, list[tuple[float, float, float]]] = {name: [] for name in LAYOUTS}
     for i in range(args.rounds):
         for name, (cores, options) in LAYOUTS.items():
             os.sched_setaffinity(0, all_cores[:cores])
-            speeds[name].append(last_line([*command, *options])["out_tokens_per_s"])
+            line = last_line([*command, *options])
+            speeds[name].append(line["out_tokens_per_s"])
+            cpu_s[name].append((line["seconds"] * cores, line["cpu_s"], line.get("client_cpu_s", 0.0)))
         with TemporaryDirectory() as folder:
             parts = [bench(model, half) for half in halves(work, Path(folder))]
             speeds[TWO_ALONE].append(at_once(parts, all_cores[:2]))
         print(f"round {i + 1}: { ({name: speed[-1] for name, speed in speeds.items()}) }", file=sys.stderr)
     middle = {name: median(speed) for name, speed in speeds.items()}
+    seconds = {
+        name: dict(
+            zip(
+                ("cores", "engines", "client_and_scheduler"),
+                map(median, zip(*each, strict=True)),
+                strict=True,
+            )
+        )
+        for name, each in cpu_s.items()
+    }
     result = {
         "date": datetime.date.today().isoformat(),
         "cpu": cpu(),
         "rounds": args.rounds,
         "out_tokens_per_s": middle,
+        "core_seconds": seconds,
         "ratios": {name: round(middle[a] / middle[b], 3) for name, (a, b) in RATIOS.items()},
     }
     print(json.dumps(result))

@@ -13,27 +13,17 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
-from random import Random
 from statistics import median
 from typing import Any
 
 import numpy as np
-from inputs import INPUTS, VOCABULARY, cpu, make_model, make_work
+from inputs import INPUTS, cpu, make_model, make_work
 from scipy.optimize import nnls
 
 import daskllm
 from daskllm.bench import WorkRow, read_work, without_drafts
 from daskllm.session import Session
-
-
-def alike(rows: int, prefix: int, out: int | None, seed: int = 0) -> list[WorkRow]:
-    """Rows of skewed lengths behind one prefix; ``out`` is how many tokens each generates."""
-    draw = Random(seed + 1)
-    beginning = tuple(draw.randrange(1, VOCABULARY) for _ in range(prefix))
-    work = read_work(make_work(INPUTS / f"work-{rows}.json", rows, seed))
-    return [replace(row, prompt=beginning + row.prompt, out=out or row.out) for row in work]
 
 
 def answer(session: Session, work: list[WorkRow], reuse: bool) -> dict[str, Any]:
@@ -72,7 +62,8 @@ def main() -> None:
     parser.add_argument("--out", type=int, help="tokens of each row (skewed: 4 to 256)")
     parser.add_argument("--rounds", type=int, default=1)
     args = parser.parse_args()
-    work = alike(args.rows, args.prefix, args.out)
+    file = INPUTS / f"work-{args.rows}-0-{args.prefix}-{args.out}.json"
+    work = read_work(make_work(file, args.rows, prefix=args.prefix, out=args.out))
     llm = daskllm.load(args.model or make_model(INPUTS / "llama-135M"), answers=None)
     session = llm.session()
     without_drafts(session)

@@ -1,8 +1,9 @@
 """The README's table of a comparison, from its results file; it runs nothing.
 
-A line is a case: a model's shape, a number of rows, a seed of their lengths. Speeds are medians over all
-rounds of an engine; a ratio is the median over the rounds in which both ran, since speeds move from round to
-round and both move together. Where daskllm is behind is said below the table.
+A line is a case: a model's shape, a number of rows, a seed of their lengths, and how many tokens all prompts
+begin with. Speeds are medians over all rounds of an engine; a ratio is the median over the rounds in which
+both ran, since speeds move from round to round and both move together. Where daskllm is behind is said below
+the table.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ def table(results: dict[str, Any]) -> str:
     """Machine and versions, the table, and where daskllm is behind."""
     runs: list[Run] = results["runs"]
     engines = [name for name in NAMES if any(run["engine"] == name for run in runs)]
-    cases = list(dict.fromkeys((run["shape"], run["rows"], run["seed"]) for run in runs))
+    cases = list(dict.fromkeys(_case(run) for run in runs))
     head = ["model", "rows", "lengths", *(NAMES[name] for name in engines)]
     lines = [_cells(head), _cells(["---"] * len(head))]
     for case in cases:
-        lines.append(_cells([case[0], case[1], f"seed {case[2]}", *_speeds(_of(runs, case), engines)]))
+        lines.append(_cells([*case[:2], _lengths(case), *_speeds(_of(runs, case), engines)]))
     loads = [f"{NAMES[name]} {_load(runs, name):.1f} s" for name in engines]
     return "\n".join(
         [
@@ -75,8 +76,16 @@ def ratio(runs: Sequence[Run], engine: str) -> float | None:
     return median(ours[turn] / theirs[turn] for turn in both) if both else None
 
 
+def _case(run: Run) -> tuple[Any, ...]:
+    return run["shape"], run["rows"], run["seed"], run.get("prefix", 0)
+
+
+def _lengths(case: tuple[Any, ...]) -> str:
+    return f"seed {case[2]}" + (f", behind {case[3]} common tokens" if case[3] else "")
+
+
 def _of(runs: Sequence[Run], case: tuple[Any, ...]) -> list[Run]:
-    return [run for run in runs if (run["shape"], run["rows"], run["seed"]) == case]
+    return [run for run in runs if _case(run) == case]
 
 
 def _speeds(runs: Sequence[Run], engines: Sequence[str]) -> list[str]:
@@ -113,7 +122,7 @@ def _behind(runs: Sequence[Run], cases: Sequence[tuple[Any, ...]], engines: Sequ
         for case in cases:
             times = ratio(_of(runs, case), engine)
             if times is not None and times < 1:
-                found.append(f"{NAMES[engine]} at {case[0]}, {case[1]} rows, seed {case[2]} ({times:.2f})")
+                found.append(f"{NAMES[engine]} at {case[0]}, {case[1]} rows, {_lengths(case)} ({times:.2f})")
         if _load(runs, engine) < _load(runs, "daskllm"):
             found.append(f"loading beside {NAMES[engine]}")
     return f"Where daskllm is behind: {'; '.join(found) or 'nowhere in this table'}."

@@ -15,7 +15,7 @@ from daskllm import machine
 from daskllm.llm import load
 from daskllm.runtime.process import open_session_on, session_for
 from daskllm.runtime.worker import ROWS_IN_HAND, current_task, current_worker
-from tests.fake_session import FakeLLM
+from tests.fake_session import FakeLLM, FakeSession
 from tests.tiny import make_model
 
 pytestmark = pytest.mark.cluster
@@ -57,6 +57,19 @@ def test_a_one_thread_worker_has_so_many_rows_in_hand_and_no_more(gated: FakeLLM
     assert len(future.result()) == 6 * half
     assert session.most_running == 2
     assert gated.rows == 6 * half
+
+
+def test_more_rows_are_in_hand_where_the_engine_runs_more_together(
+    gated: FakeLLM, one_thread: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = ROWS_IN_HAND // 2
+    monkeypatch.setattr(FakeSession, "rows_together", ROWS_IN_HAND)  # of which it should have 1.5 times as many
+    future = one_thread.compute(frame(6, half).llm.generate(gated, "text", max_tokens=1))
+    session = gated.session()
+    wait_until(one_thread, lambda: session.running == 3)
+    Path(str(gated.spec.gate)).touch()
+    assert len(future.result()) == 6 * half
+    assert session.most_running == 3
 
 
 def test_partitions_of_few_rows_are_in_flight_together(gated: FakeLLM, one_thread: Client) -> None:
