@@ -80,8 +80,8 @@ class WorkerView:
             new = _passed(self._looks[0], self._looks[-1])
             seconds = time - self._looks[0][0]
             self.prompt_rate, self.output_rate = new["prompt"] / seconds, new["output"] / seconds
-            whole = sum(new[phase] for phase in (*PHASES, "idle"))  # a step may have begun before
-            self.shares = {phase: new[phase] / whole for phase in PHASES}
+            spent = sum(new[phase] for phase in (*PHASES, "idle"))  # a step may have begun before
+            self.shares = {phase: new[phase] / spent for phase in PHASES}
 
     def of_all(self, name: str) -> int:
         """The sum of a count over its engines.
@@ -106,9 +106,7 @@ def _sums(engines: Sequence[EngineFigures]) -> dict[str, float]:
     return {
         "prompt": sum(e.prompt_tokens for e in engines),
         "output": sum(e.output_tokens for e in engines),
-        "prefill": sum(e.prefill_seconds for e in engines),
-        "decode": sum(e.decode_seconds for e in engines),
-        "stage": sum(e.stage_seconds for e in engines),
+        **{phase: sum(getattr(e, f"{phase}_seconds") for e in engines) for phase in PHASES},
     }
 
 
@@ -142,7 +140,7 @@ class Job:
         Args:
             partitions: of its table, where that is known.
         """
-        if new.cut_rows and (self._over or (self._whole(now) and not (self.running or self.waiting))):
+        if new.cut_rows and (self._over or (self._answered(now) and not (self.running or self.waiting))):
             self.counts, self._etas, self._ran, self._again = Counter(), {}, set(), set()
         self._over = False
         self.seen, self.priority = now, new.priority
@@ -172,14 +170,14 @@ class Job:
             self._ran.clear()
             self._again.clear()
 
-    def _whole(self, now: float) -> bool:
+    def _answered(self, now: float) -> bool:
         """Whether all its rows are answered, as far as they are known."""
         state = self.state(now)
         return state.total_rows is not None and state.rows >= state.total_rows > 0
 
     def status(self, now: float) -> JobStatus:
         """Where it stands."""
-        if self._over or self._whole(now):
+        if self._over or self._answered(now):
             return "done"
         return "waiting" if self.waiting and not self.running else "running"
 

@@ -144,7 +144,7 @@ def _seconds(engines: Iterable[EngineFigures]) -> dict[str, float]:
     sums: defaultdict[str, float] = defaultdict(float)
     for engine in engines:
         for phase in PHASES:
-            sums[phase] += getattr(engine, "stage_seconds" if phase == "stage" else f"{phase}_seconds")
+            sums[phase] += getattr(engine, f"{phase}_seconds")
         sums["idle"] += engine.idle_seconds
     return sums
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from bokeh.layouts import column, row
@@ -17,10 +17,14 @@ from bokeh.plotting import figure
 
 from daskllm.dashboard import tables
 from daskllm.dashboard.board import Board, WorkerView
+from daskllm.dashboard.engines import PHASES
 
 __all__ = ["Jobs", "Page", "Part", "Stages", "Tokens", "Workers"]
 
 PROMPT, OUTPUT, IDLE, STAGE, KV = "#4c78a8", "#f28e2b", "#e5e7eb", "#72b7b2", "#8f7fc2"
+_SPENT = dict(zip((*PHASES, "idle"), (PROMPT, OUTPUT, STAGE, IDLE), strict=True))
+"""Colours of what a worker's time goes to."""
+_CALLED = {"stage": "inner stage"}
 _SECONDS = 300
 """How far back the lines are shown."""
 _WORKERS = 24
@@ -52,13 +56,11 @@ class _Text(Part):
     def __init__(self, board: Board, write: Callable[[Board, float], str]) -> None:
         super().__init__(board)
         self._write = write
-        self.root = Div(text="", sizing_mode="stretch_width", stylesheets=[tables.CSS])
+        self.root = _html("")
 
     def update(self) -> None:
         """See `Part`."""
-        text = self._write(self.board, time.time())
-        if text != self.root.text:
-            self.root.text = text
+        self.root.text = self._write(self.board, time.time())
 
 
 class Jobs(_Text):
@@ -86,7 +88,8 @@ class Tokens(Part):
             name: self._figure(name, colour) for name, colour in (("output", OUTPUT), ("prompt", PROMPT))
         }
         both = [
-            _headed(f"{name.capitalize()} tokens per second", self.figures[name]) for name in self.figures
+            _below(_html(tables.headed(f"{name.capitalize()} tokens per second")), plot)
+            for name, plot in self.figures.items()
         ]
         self.root = row(*both, sizing_mode="stretch_width", spacing=20)
 
@@ -118,24 +121,23 @@ class Workers(Part):
 
     def __init__(self, board: Board) -> None:
         super().__init__(board)
-        names = ("worker", "prefill", "decode", "stage", "idle", "batch", "batch_text", "kv", "kv_text")
+        names = ("worker", *_SPENT, "batch", "batch_text", "kv", "kv_text")
         self.source = ColumnDataSource({name: [] for name in names})
         self.y_range = FactorRange(factors=[])
         self.spent, self.batch, self.kv = self._bars(), self._bars(), self._bars()
-        phases = {"prefill": PROMPT, "decode": OUTPUT, "stage": STAGE, "idle": IDLE}
         self.spent.hbar_stack(
-            list(phases), y="worker", height=0.6, source=self.source, color=list(phases.values())
+            list(_SPENT), y="worker", height=0.6, source=self.source, color=list(_SPENT.values())
         )
         for plot, name, colour in ((self.batch, "batch", OUTPUT), (self.kv, "kv", KV)):
             plot.hbar("worker", 0.6, right=1.0, source=self.source, color=IDLE)
             plot.hbar("worker", 0.6, right=name, source=self.source, color=colour)
             label = {"text_font_size": "9pt", "text_baseline": "middle", "text_color": "#1f2937"}
             plot.text(0.015, "worker", text=f"{name}_text", source=self.source, **label)
-        keys = [("inner stage" if phase == "stage" else phase, colour) for phase, colour in phases.items()]
+        self.title = _html("")
         three = (
-            _headed("Time by worker", self.spent, keys),
-            _headed("Batch: sequences of its room", self.batch),
-            _headed("KV cache: blocks in use", self.kv),
+            _below(self.title, self.spent),
+            _below(_html(tables.headed("Batch: sequences of its room")), self.batch),
+            _below(_html(tables.headed("KV cache: blocks in use")), self.kv),
         )
         self.root = row(*three, sizing_mode="stretch_width", spacing=20)
 
@@ -148,14 +150,17 @@ class Workers(Part):
 
     def update(self) -> None:
         """See `Part`."""
-        views = sorted((v for v in self.board.workers.values() if v.engines), key=_by_name)[:_WORKERS]
+        there = sorted((v for v in self.board.workers.values() if v.engines), key=_by_name)
+        views = there[:_WORKERS]
         names = [view.name for view in views]
-        shares = {
-            phase: [view.shares.get(phase, 0.0) for view in views] for phase in ("prefill", "decode", "stage")
-        }
+        title = tables.cut("Time by worker", _WORKERS, len(there))
+        self.title.text = tables.headed(title, [(_CALLED.get(name, name), _SPENT[name]) for name in _SPENT])
+        shares = {phase: [view.shares.get(phase, 0.0) for view in views] for phase in PHASES}
         idle = [max(0.0, 1 - sum(one)) for one in zip(*shares.values(), strict=True)]
-        batch = [(view.of_all("running"), view.of_all("room")) for view in views]
-        kv = [(view.of_all("kv_used"), view.of_all("kv_blocks")) for view in views]
+        full = {
+            "batch": [(view.of_all("running"), view.of_all("room")) for view in views],
+            "kv": [(view.of_all("kv_used"), view.of_all("kv_blocks")) for view in views],
+        }
         if names != self.y_range.factors:
             self.y_range.factors = names
             for plot in (self.spent, self.batch, self.kv):
@@ -164,10 +169,8 @@ class Workers(Part):
             "worker": names,
             **shares,
             "idle": idle,
-            "batch": [used / max(1, room) for used, room in batch],
-            "batch_text": [f"{used:,} of {room:,}" if room else "inner stage" for used, room in batch],
-            "kv": [used / max(1, room) for used, room in kv],
-            "kv_text": [f"{used:,} of {room:,}" if room else "inner stage" for used, room in kv],
+            **{name: [used / max(1, room) for used, room in bars] for name, bars in full.items()},
+            **{f"{name}_text": [_of(used, room) for used, room in bars] for name, bars in full.items()},
         }
 
 
@@ -193,9 +196,16 @@ def _by_name(view: WorkerView) -> str:
     return view.name
 
 
-def _headed(title: str, plot: Any, keys: Iterable[tuple[str, str]] = ()) -> Any:
-    head = Div(text=tables.headed(title, keys), sizing_mode="stretch_width", stylesheets=[tables.CSS])
+def _of(used: int, room: int) -> str:
+    return f"{used:,} of {room:,}" if room else "inner stage"
+
+
+def _below(head: Div, plot: Any) -> Any:
     return column(head, plot, sizing_mode="stretch_width")
+
+
+def _html(text: str) -> Div:
+    return Div(text=text, sizing_mode="stretch_width", stylesheets=[tables.CSS])
 
 
 def _plot(height: int, **options: Any) -> Any:

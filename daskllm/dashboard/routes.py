@@ -55,12 +55,12 @@ def add_pages(scheduler: Scheduler, board: Board) -> None:
     menus["plots"].append({"url": "individual-llm", "name": "LLM"})
     menus["plots"].sort(key=lambda plot: plot["name"])
     prefix = f"/{server.prefix.strip('/')}/".replace("//", "/")
-    _add(server, PAGE, partial(_whole, board, {"prefix": prefix, **menus}))
+    _add(server, PAGE, partial(_page, board, {"prefix": prefix, **menus}))
     for url, part in _ALONE.items():
         _add(server, url, partial(_alone, board, part))
 
 
-def _whole(board: Board, extra: dict[str, Any], document: Document) -> None:
+def _page(board: Board, extra: dict[str, Any], document: Document) -> None:
     _show(board, Page, document)
     document.template = env.get_template("simple.html")
     document.template_variables.update(extra)

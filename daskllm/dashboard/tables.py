@@ -15,7 +15,7 @@ from dask.utils import format_bytes
 from daskllm.dashboard.board import Board
 from daskllm.jobs.explanation import duration
 
-__all__ = ["CSS", "headed", "jobs", "stages", "tiles", "troubles"]
+__all__ = ["CSS", "cut", "headed", "jobs", "stages", "tiles", "troubles"]
 
 CSS = """
 :host { font-family: "Helvetica Neue", Helvetica, Arial, sans-serif; color: #1f2937; }
@@ -63,22 +63,22 @@ def tiles(board: Board, now: float) -> str:
     per_second = sum(view.output_rate for view in views), sum(view.prompt_rate for view in views)
     lost = f'<span data-figure="lost">{board.losses}</span> lost'
     found = [
-        ("output-rate", "output tokens/s", _whole(per_second[0]), _of(board, "output"), "out"),
-        ("prompt-rate", "prompt tokens/s", _whole(per_second[1]), _of(board, "prompt"), "in"),
-        ("rows", "rows done", _whole(rows), f"of {sum(t or 0 for t in totals):,}" if known else "", ""),
+        ("output-rate", "output tokens/s", _number(per_second[0]), _of(board, "output"), "out"),
+        ("prompt-rate", "prompt tokens/s", _number(per_second[1]), _of(board, "prompt"), "in"),
+        ("rows", "rows done", _number(rows), f"of {sum(t or 0 for t in totals):,}" if known else "", ""),
         ("left", "time left", longest, f"{len(begun)} running, {len(left) - len(begun)} waiting", ""),
         ("workers", "workers", f"{len(board.workers)}", lost, "bad" * bool(board.losses)),
         (
             "batch",
             "in the batches",
-            _whole(_sum(board, "running")),
+            _number(_sum(board, "running")),
             f"of {_sum(board, 'room'):,}, {_sum(board, 'waiting'):,} wait",
             "",
         ),
-        ("failed", "rows failed", _whole(failed), "", "bad" * bool(failed)),
-        ("remembered", "remembered", _whole(remembered), "rows, kept answers", ""),
-        ("recomputed", "recomputed", _whole(recomputed), "rows, after a loss", ""),
-        ("steals", "steals", _whole(board.steals), "tasks taken over", ""),
+        ("failed", "rows failed", _number(failed), "", "bad" * bool(failed)),
+        ("remembered", "remembered", _number(remembered), "rows, kept answers", ""),
+        ("recomputed", "recomputed", _number(recomputed), "rows, after a loss", ""),
+        ("steals", "steals", _number(board.steals), "tasks taken over", ""),
     ]
     boxes = (
         f'<div class="tile {kind}"><div class="name">{name}</div>'
@@ -113,7 +113,13 @@ def jobs(board: Board, now: float) -> str:
         )
     heads = ["job", "", "priority", "rows", "time left", "output tokens/s", "tasks running", "tasks waiting"]
     heads += ["failed", "remembered", "recomputed"]
-    return _table("Jobs", heads, rows[:_JOBS], "no rows have been asked yet", numbers={2, *range(4, 11)})
+    return _table(
+        cut("Jobs", _JOBS, len(rows)),
+        heads,
+        rows[:_JOBS],
+        "no rows have been asked yet",
+        numbers={2, *range(4, 11)},
+    )
 
 
 def stages(board: Board, now: float) -> str:
@@ -130,7 +136,7 @@ def stages(board: Board, now: float) -> str:
         for view, engine in board.engines()
     ]
     heads = ["worker", "model", "stage", "layers", "number", "resident"]
-    title = "Models and stages" + (f" ({_STAGES} of {len(rows)})" if len(rows) > _STAGES else "")
+    title = cut("Models and stages", _STAGES, len(rows))
     return _table(title, heads, rows[:_STAGES], "no worker holds a model", numbers={4, 5}, wide={3})
 
 
@@ -152,12 +158,21 @@ def _sum(board: Board, name: str) -> int:
     return sum(view.of_all(name) for view in board.workers.values())
 
 
-def _whole(value: float) -> str:
+def _number(value: float) -> str:
     return f"{value:,.0f}"
 
 
 def _of(board: Board, name: str) -> str:
     return f"{board.total(name):,.0f} so far"
+
+
+def cut(title: str, shown: int, there: int) -> str:
+    """A title, with how many are shown of those that there are where it is not all of them.
+
+    >>> cut("Jobs", 12, 12), cut("Jobs", 12, 40)
+    ('Jobs', 'Jobs (12 of 40)')
+    """
+    return f"{title} ({shown:,} of {there:,})" if there > shown else title
 
 
 def headed(title: str, keys: Iterable[tuple[str, str]] = ()) -> str:

@@ -5,6 +5,7 @@ import pytest
 from daskllm.dashboard import tables
 from daskllm.dashboard.board import Board
 from daskllm.dashboard.engines import EngineFigures
+from daskllm.dashboard.plots import Workers
 from daskllm.runtime.progress import Increment
 
 
@@ -116,6 +117,35 @@ def test_what_users_name_is_escaped() -> None:
     html = "".join(write(board, 0.0) for write in (tables.tiles, tables.jobs, tables.stages, tables.troubles))
     assert "&lt;script&gt;" in html
     assert not any(tag in html for tag in ("<script>", "<b>", "<i>", "<u>", "<s>"))
+
+
+def test_more_workers_or_jobs_than_are_shown_are_said() -> None:
+    board = Board()
+    for number in range(40):
+        board.take_worker(f"tcp://{number}", f"{number}", [engine(0, 0, 0, 0)], 0.0)
+        if number == 23:
+            few = Workers(board)
+            few.update()
+            assert ("Time by worker" in few.title.text, " of " in few.title.text) == (True, False)
+    many = Workers(board)
+    many.update()
+    assert "Time by worker (24 of 40)" in many.title.text
+    assert len(many.source.data["worker"]) == len(many.y_range.factors) == 24
+    for number in range(20):
+        board.take(Increment(span=f"job {number}", rows=1), None, 0.0)
+    assert "Jobs (12 of 20)" in tables.jobs(board, 0.0)
+
+
+def test_a_full_batch_and_an_inner_stage_are_told_apart() -> None:
+    board = Board()
+    board.take_worker("tcp://a", "a", [EngineFigures("m", running=16, room=64, kv_used=1, kv_blocks=4)], 0.0)
+    board.take_worker("tcp://b", "b", [EngineFigures("m", stage="1/2")], 0.0)
+    shown = Workers(board)
+    shown.update()
+    data = shown.source.data
+    assert (data["batch"], data["batch_text"]) == ([0.25, 0.0], ["16 of 64", "inner stage"])
+    assert (data["kv"], data["kv_text"]) == ([0.25, 0.0], ["1 of 4", "inner stage"])
+    assert data["idle"] == [1.0, 1.0]
 
 
 def test_an_empty_board_can_be_shown() -> None:
