@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,18 @@ def test_the_layers_contract_holds() -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_readme_lists_every_room_in_the_contract_s_order() -> None:
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    layers = setup["importlinter:contract:house"]["layers"].split("\n")
+    height = {name: i for i, layer in enumerate(layers) for name in layer.replace("|", " ").split()}
+    tree = re.search(r"^daskllm/\n((?:  .*\n)+)", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert tree is not None
+    listed = re.findall(r" (\w+)(?:\.py|/)(?=\s)", tree[1])
+    assert sorted(listed) == sorted(height)
+    assert [height[name] for name in listed] == sorted(height.values())
 
 
 def test_only_the_array_backend_imports_cupy() -> None:
