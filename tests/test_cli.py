@@ -351,6 +351,7 @@ def test_failed_rows_are_limited_dropped_and_asked_again(model: str, table: Path
     assert last_line(run(*command, tmp_path / "out", "--max-errors", "50%"))["errors"] == 2
     again = last_line(run(*command, tmp_path / "out", "--retry-errors"))
     assert (again["written"], again["errors"], again["rows"]) == (1, 2, 6)
+    assert again["out_tokens_per_s"] is None
     dropped = last_line(run(*command, tmp_path / "dropped", "--on-error", "drop"))
     assert (dropped["rows"], dropped["errors"]) == (4, 2)
     raised = run(*command, tmp_path / "raised", "--on-error", "raise")

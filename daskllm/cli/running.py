@@ -83,7 +83,7 @@ def summary(done: Summary, remembered: int, output: str) -> dict[str, Any]:
 
     Rows that were remembered or there before took no time, so that without others there is no speed.
     """
-    speed = None if remembered or not done.written else round(done.new_tokens / done.seconds, 1)
+    speed = None if remembered or not done.new_tokens else round(done.new_tokens / done.seconds, 1)
     return {
         "rows": done.rows,
         "errors": done.errors,

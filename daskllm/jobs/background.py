@@ -201,7 +201,15 @@ def _queued(dask_scheduler: Scheduler) -> dict[int, dict[str, int]]:
 # --- in this process -------------------------------------------------------------------------------------
 
 
-class _LocalJob:
+class _Job:
+    name: str
+    path: str
+
+    def __repr__(self) -> str:
+        return f"<job {self.name!r} that writes {self.path}>"
+
+
+class _LocalJob(_Job):
     def __init__(self, name: str, path: str, priority: int) -> None:
         self.name, self.path, self.priority = name, path, priority
         self._status: Status = "queued"
@@ -259,7 +267,7 @@ _here: dict[str, _LocalJob] = {}
 # --- on a cluster ----------------------------------------------------------------------------------------
 
 
-class _ClusterJob:
+class _ClusterJob(_Job):
     """Its record is ``{"path", "priority", "future"}``; the future is None when it was cancelled."""
 
     def __init__(self, name: str, record: dict[str, Any], client: Client) -> None:
@@ -291,6 +299,7 @@ class _ClusterJob:
 
     def status(self) -> Status:
         if self._future is None or self._future.status in ("cancelled", "lost"):
+            self._future = None  # Dask warns of a future of ours whose task it does not know any more
             return "cancelled"
         if self._future.status == "finished":
             return "finished"
@@ -319,6 +328,7 @@ class _ClusterJob:
         try:
             found: Summary = self._future.result(timeout)
         except FutureCancelledError as error:
+            self._future = None
             raise InterruptedError("the job was cancelled") from error
         return found
 

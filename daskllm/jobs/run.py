@@ -52,7 +52,7 @@ class Summary:
         errors: rows that failed, dropped ones included.
         prompt_tokens, out_tokens: read and generated for the rows of all parts.
         seconds: that this run took.
-        new_tokens: generated for the parts that this run made.
+        new_tokens: generated for the rows that this run asked, of the parts that it made.
 
     Example:
         >>> done = Summary("out", 2, 2, 200, 1, 4000, 1400, seconds=2.0, new_tokens=1400)
@@ -133,7 +133,7 @@ def run(
         written=len(ledger.made),
         **job.manifest.totals(),
         seconds=time.perf_counter() - begun,
-        new_tokens=sum(part.out_tokens for part in ledger.made.values()),
+        new_tokens=sum(p.out_tokens - ledger.kept.get(n, 0) for n, p in ledger.made.items()),
     )
 
 
@@ -145,6 +145,7 @@ class _Ledger:
     ) -> None:
         self._job, self._told, self._cancelled = job, told, cancelled
         self.made: dict[int, Part] = {}
+        self.kept = {n: job.manifest.done[n].out_tokens for n in job.failed}  # failed rows have none
         self._lock = threading.Lock()
         self._before = job.manifest.seconds
         self._begun = self._saved = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ def test_a_thread_of_this_process(gated: FakeLLM, tmp_path: Path) -> None:
     until(lambda: gated.rows)
     assert job.status() == "running"
     assert jobs.find("here") is job
+    assert repr(job) == f"<job 'here' that writes {tmp_path / 'out'}>"
     assert "here" in jobs.names()
     with pytest.raises(TimeoutError):
         job.result(timeout=0.01)
@@ -138,7 +140,10 @@ def test_a_job_is_cancelled_by_whoever_finds_it(
         with pytest.raises(InterruptedError):
             job.result(timeout=10)
         Path(str(gated.spec.gate)).touch()
-        again = answers(gated).llm.submit(str(tmp_path / "out"), name="unwanted")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            again = answers(gated).llm.submit(str(tmp_path / "out"), name="unwanted")
+        assert not [one for one in said if "key is unknown" in str(one.message)]
         assert again.result(timeout=60).rows == 40
     assert written(tmp_path / "out") == EXPECTED
 

@@ -358,6 +358,7 @@ def test_failed_rows_alone_are_asked_again(
     assert (done.written, done.rows, done.errors) == (3, ROWS, 1)
     assert fake.rows == answered + 4
     after, mended = files(path), pd.read_parquet(path)
+    assert done.new_tokens == done.out_tokens - first["generated_completion_tokens"].sum() > 0
     assert [name[:10] for name in after if after[name] == before[name]] == ["part.00003"]
     rest = [n for n in range(ROWS) if n not in (3, 11, 13)]
     pd.testing.assert_frame_equal(mended.iloc[rest], first.iloc[rest])
