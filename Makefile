@@ -27,7 +27,7 @@ $(READY): setup.cfg pyproject.toml $(CONSTRAINTS)
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
 	@$(if $(TORCH_INDEX),$(PIP) --constraint $(CONSTRAINTS) --no-deps --index-url $(TORCH_INDEX) torch)
 	@$(PIP) --constraint $(CONSTRAINTS) --editable '.[dashboard,notebook,test,dev]'
-	@$(PIP) --constraint $(CONSTRAINTS) --no-deps dask-kubernetes # for its schemas: nothing of it runs
+	@$(PIP) --constraint $(CONSTRAINTS) --no-deps --upgrade --target .venv/schemas dask-kubernetes
 	@touch $@
 
 demo: $(READY) ## the bundled model on the bundled table: a local Dask cluster, answers on screen and in Parquet

@@ -209,6 +209,7 @@ def test_a_seed_gives_the_same_answers_on_a_cluster(model: str, tmp_path: Path) 
         ({"--model": "/nowhere"}, "/nowhere"),
         ({"--threads": "2"}, "give --workers as well"),
         ({"--scheduler": "tcp://127.0.0.1:1", "--workers": "2"}, "leave out --workers"),
+        ({"--scheduler": "tls://127.0.0.1:1"}, "DASK_DISTRIBUTED__COMM__TLS__CA_FILE"),
     ],
 )
 def test_a_bad_call_is_one_clear_line_and_status_2(

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 from distributed import Client
+from distributed.security import Security
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -52,11 +53,17 @@ def running_on(scheduler: str | None, workers: int | None, threads: int | None) 
 
 
 def check_cluster(scheduler: str | None, workers: int | None, threads: int | None) -> None:
-    """Refuse options that do not go together (ValueError)."""
+    """Refuse options that do not go together, or lack what they need (ValueError)."""
     if scheduler is not None and (workers is not None or threads is not None):
         raise ValueError("--scheduler names a running cluster: leave out --workers and --threads")
     if scheduler is None and workers is None and threads is not None:
         raise ValueError("--threads counts the tasks in flight per worker: give --workers as well")
+    if (scheduler or "").startswith("tls://") and not Security().get_connection_args("client")["ssl_context"]:
+        raise ValueError(
+            f"--scheduler {scheduler} wants certificates, and Dask's settings name none: give their files as "
+            "DASK_DISTRIBUTED__COMM__TLS__CA_FILE, DASK_DISTRIBUTED__COMM__TLS__CLIENT__CERT and "
+            "DASK_DISTRIBUTED__COMM__TLS__CLIENT__KEY (cluster/README.md)"
+        )
 
 
 def write(job: Job, client: Client | None, rows: int | None = None) -> tuple[Summary, int]:

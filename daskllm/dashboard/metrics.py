@@ -134,7 +134,8 @@ def of_scheduler(board: Board, now: float) -> Iterator[Sample]:
         if state.total_rows is not None:
             yield "daskllm_job_rows", (job.label,), state.total_rows
         if state.eta is not None:
-            yield "daskllm_job_eta_seconds", (job.label,), state.eta
+            left = 0.0 if job.status(now) == "done" else state.eta
+            yield "daskllm_job_eta_seconds", (job.label,), left
     yield "daskllm_steals", (), board.steals
     yield "daskllm_workers", (), sum(bool(view.engines) for view in board.workers.values())
     yield "daskllm_lost_workers", (), board.losses

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import sys
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -30,10 +30,10 @@ WORKERS = {
 
 
 def crd(kind: str) -> dict[str, Any]:
-    found = importlib.util.find_spec("dask_kubernetes")
-    if found is None or found.origin is None:
+    operator = Path(sys.prefix) / "schemas/dask_kubernetes/operator"
+    if not operator.exists():
         pytest.skip("the operator's schemas are not here: make setup")
-    folder = Path(found.origin).parent / "operator/deployment/helm/dask-kubernetes-operator/crds"
+    folder = operator / "deployment/helm/dask-kubernetes-operator/crds"
     definition = yaml.safe_load((folder / f"{kind.lower()}.yaml").read_text())
     (version,) = [one for one in definition["spec"]["versions"] if one["name"] == "v1"]
     schema: dict[str, Any] = version["schema"]["openAPIV3Schema"]

@@ -126,6 +126,8 @@ def test_others_are_refused(certified: Path, tls: tuple[str, Path], tmp_path: Pa
         Client(address, timeout="5s")
     with pytest.raises(CommClosedError, match="TCP .closed."):
         Client(address.replace("tls://", "tcp://"), timeout="5s")
+    with pytest.raises(RuntimeError, match="encryption required by Dask configuration"):
+        Client(address.replace("tls://", "tcp://"), security=identity(certified, "127.0.0.1"), timeout="5s")
     # The scheduler's log has a line for each.
     said = log.read_text()
     for why in ("unknown ca", "unable to get local issuer certificate", "wrong version number"):

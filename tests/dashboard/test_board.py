@@ -5,6 +5,7 @@ import pytest
 from daskllm.dashboard import tables
 from daskllm.dashboard.board import Board
 from daskllm.dashboard.engines import EngineFigures
+from daskllm.dashboard.metrics import of_scheduler
 from daskllm.dashboard.plots import Workers
 from daskllm.runtime.progress import Increment
 
@@ -17,6 +18,11 @@ def engine(prompt: int, output: int, prefill: float, decode: float) -> EngineFig
 
 def told(board: Board, task: str, worker: str = "a", **fields: object) -> None:
     board.take(Increment(worker=worker, task=task, job="chat-cut-01", **fields), 2, 0.0)  # type: ignore[arg-type]
+
+
+def left(board: Board, now: float) -> float:
+    """Of its only job, the seconds left that Prometheus is told."""
+    return next(value for name, _, value in of_scheduler(board, now) if name == "daskllm_job_eta_seconds")
 
 
 def test_rates_and_shares_are_of_the_latest_seconds() -> None:
@@ -69,8 +75,10 @@ def test_a_job_counts_rows_errors_and_what_is_left() -> None:
     assert (job.status(1.0), job.running, job.waiting) == ("running", 1, 2)
     board.queue({}, 1.0)
     assert job.status(1.0) == "running"  # its tasks may just be on their way
+    assert left(board, 2.0) > 0
     board.queue({}, 10.0)
     assert job.status(10.0) == "done"
+    assert left(board, 10.0) == 0
 
 
 def test_rows_of_a_task_that_runs_again_are_recomputed_but_for_those_remembered() -> None:

@@ -63,7 +63,8 @@ def test_more_rows_are_in_hand_where_the_engine_runs_more_together(
     gated: FakeLLM, one_thread: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     half = ROWS_IN_HAND // 2
-    monkeypatch.setattr(FakeSession, "rows_together", ROWS_IN_HAND)  # of which it should have 1.5 times as many
+    # Of those it should have 1.5 times as many.
+    monkeypatch.setattr(FakeSession, "rows_together", ROWS_IN_HAND)
     future = one_thread.compute(frame(6, half).llm.generate(gated, "text", max_tokens=1))
     session = gated.session()
     wait_until(one_thread, lambda: session.running == 3)
