@@ -201,7 +201,8 @@ def _of(used: int, room: int) -> str:
 
 
 def _below(head: Div, plot: Any) -> Any:
-    return column(head, plot, sizing_mode="stretch_width")
+    # At the end: bars beside each other stay level where one heading takes two lines.
+    return column(head, plot, sizing_mode="stretch_width", align="end")
 
 
 def _html(text: str) -> Div:
