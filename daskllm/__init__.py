@@ -16,6 +16,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import daskllm.frame  # noqa: F401  (registers ``df.llm``)
+from daskllm.machine import uncollected
 from daskllm.types import Completion, DaskLLMError, JobError, ModelError, RowError, SamplingParams
 
 if TYPE_CHECKING:
@@ -67,7 +68,9 @@ _LATE = {
 
 def __getattr__(name: str) -> Any:
     if name in _LATE:
-        return getattr(importlib.import_module(_LATE[name]), name)
+        with uncollected():
+            module = importlib.import_module(_LATE[name])
+        return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -12,6 +12,7 @@ import queue
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,10 +92,18 @@ class Session:
         try:
             # Room that is asked for is checked before anything is loaded; else it is what the weights leave.
             asked = None if spec.kv_memory is None else kv_room(model, layers, spec.kv_memory)
-            for name in layers:
-                model.layer(name)
+            # Weights are copied outside of the interpreter, which the other two keep busy meanwhile.
+            with ThreadPoolExecutor(1, "daskllm-opening") as beside:
+                kernels = beside.submit(model.load_kernels)
+                tokenizer = beside.submit(Tokenizer.from_directory, model.checkpoint.path)
+                # The head first: while it is copied, what may be the largest matrix is in memory twice, and
+                # an embedding that is tied to it then needs none.
+                for name in reversed(layers):
+                    model.layer(name)
+            kernels.result()
             blocks = asked or kv_room(model, layers, None)
-            return cls.over(spec, model, open_runner(model, layers, blocks), blocks)
+            runner = open_runner(model, layers, blocks)
+            return cls.over(spec, model, runner, blocks, tokenizer=tokenizer.result())
         except BaseException:
             model.close()
             raise
@@ -108,6 +117,7 @@ class Session:
         blocks: int,
         depart: Callable[[Flight], None] | None = None,
         flights: int = 1,
+        tokenizer: Tokenizer | None = None,
     ) -> Session:
         """A session on a runner of the model's last layers, or of all.
 
@@ -115,8 +125,9 @@ class Session:
             blocks: KV blocks that every stage has.
             depart: sends a step through the stages before; see `Engine`.
             flights: steps under way at once.
+            tokenizer: the model's, where it is read already.
         """
-        tokenizer = Tokenizer.from_directory(model.checkpoint.path)
+        tokenizer = tokenizer or Tokenizer.from_directory(model.checkpoint.path)
         threads = machine.cores()
         batcher = Batcher(BlockPool(blocks), flights * knee.FIRST, MAX_STEP_TOKENS, flights)
         speculate = depart is None and model.kernels.INVARIANT

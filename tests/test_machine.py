@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,3 +69,19 @@ def test_memory_is_the_least_of_what_allows_it(monkeypatch: pytest.MonkeyPatch, 
     machine.set_share(2, memory_limit=1)
     assert machine.total_memory() == 1
     assert machine.available_memory() == 0
+
+
+def test_the_collector_is_as_it_was_when_the_last_block_has_ended() -> None:
+    assert gc.isenabled()
+    with machine.uncollected():
+        with pytest.raises(ValueError, match="broken"), machine.uncollected():
+            raise ValueError("broken")
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with machine.uncollected():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -45,34 +45,46 @@ class Norm:
 
 
 _LOOKUPS = 128
-"""Token rows read from a mapped file before its pages are given back: each can map 64 KiB, 8 MiB in all."""
+"""Token rows read from a mapped file before its pages are given back: each can map 64 KiB, 8 MiB in all (and
+ten times that where the system keeps files in large pages)."""
+
+
+class _Rows(Protocol):
+    """A packed matrix that gives rows back."""
+
+    def rows(self, outputs: torch.Tensor) -> torch.Tensor: ...
 
 
 class Embedding:
     """Token rows ``[vocab, hidden]``, and position rows where positions are learnt.
 
-    Token rows that are a view of the model's file are read where they lie. Their pages are given back every
-    so often, or a long table would come to hold all of a large vocabulary for the few rows that a step reads.
+    Those of a packed head that is tied to them are read there. Token rows that are a view of the model's file
+    are read where they lie. Their pages are given back every so often, or a long table would come to hold all
+    of a large vocabulary for the few rows that a step reads.
     """
 
-    def __init__(self, tokens: torch.Tensor, positions: torch.Tensor | None) -> None:
+    def __init__(self, tokens: torch.Tensor | _Rows, positions: torch.Tensor | None) -> None:
         self.tokens, self.positions = tokens, positions
-        self._pages = array.pages(array.from_torch(tokens))[0]
+        self._pages: array.Pages | None = None
+        if isinstance(tokens, torch.Tensor):
+            self._pages = array.pages(array.from_torch(tokens))[0]
         self._lookups = 0
 
     def rows(self, batch: Batch) -> torch.Tensor:
         """The residual stream ``[rows, hidden]`` of a batch before the first layer."""
-        if self._pages is None:
+        if not isinstance(self.tokens, torch.Tensor):
+            hidden = self.tokens.rows(batch.tokens)
+        elif self._pages is None:
             hidden = F.embedding(batch.tokens, self.tokens)
         else:
-            hidden = torch.cat([self._mapped(part) for part in batch.tokens.split(_LOOKUPS)])
+            hidden = torch.cat([self._mapped(self.tokens, p) for p in batch.tokens.split(_LOOKUPS)])
         if self.positions is not None:
             hidden += F.embedding(batch.positions, self.positions)
         return hidden
 
-    def _mapped(self, tokens: torch.Tensor) -> torch.Tensor:
+    def _mapped(self, table: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         assert self._pages is not None
-        rows = F.embedding(tokens, self.tokens)
+        rows = F.embedding(tokens, table)
         self._lookups += len(tokens)
         if self._lookups >= _LOOKUPS:
             self._pages.drop()
@@ -178,6 +190,10 @@ class ResidentModel:
         """`kv_dtype` as torch has it."""
         return torch.int8 if self.kv_dtype == "int8" else array.DTYPES[self.kv_dtype]
 
+    def load_kernels(self) -> None:
+        """Have the operations ready that its steps run; they need no layer."""
+        self.kernels.load(self.torch_dtype, self.quantize is not None, self.kv_torch_dtype)
+
     def layer(self, name: str) -> Layer:
         """One layer, ready to run; `daskllm.models.layer_names` has their names.
 
@@ -241,7 +257,7 @@ class ResidentModel:
 
     def _assemble(self, name: str) -> Layer:
         if name == "embed":
-            return Embedding(self._block(name, "tokens.weight"), self._optional(name, "positions.weight"))
+            return Embedding(self._tokens(), self._optional(name, "positions.weight"))
         if name == "head":
             return Head(self._norm(name, "norm"), self._linear(name, "lm_head"))
         q_norm, k_norm = (self._optional(name, f"{part}_norm.weight") for part in "qk")
@@ -255,6 +271,15 @@ class ResidentModel:
             down=self._linear(name, "down"),
             window=self.config.windows[int(name.split(".")[1])],
         )
+
+    def _tokens(self) -> torch.Tensor | _Rows:
+        """Token rows: a tied head's where it has been packed by now, and keeps them."""
+        head = self._layers.get("head")
+        if self.config.tied and isinstance(head, Head) and hasattr(head.lm_head, "rows"):
+            self._copied.append("tokens.weight")
+            tied: _Rows = head.lm_head
+            return tied
+        return self._block("embed", "tokens.weight")
 
     def _block(self, layer: str, name: str) -> torch.Tensor:
         return array.to_torch(STORE.get(BlockKey(self._model, self.version, layer, name)), self.dtype)

@@ -59,13 +59,15 @@ class TokenizerFiles:
 
     Attributes:
         path: the directory.
-        pipeline: the content of ``tokenizer.json`` without its added tokens, truncation and padding.
+        source: ``tokenizer.json`` as it is.
+        pipeline: its content without its added tokens.
         added: the added tokens of all files, in the order that gives them their ids.
         named: role → content for the special tokens that have a name (``bos_token``, ``eos_token`` …).
         templates: name → chat template; the usual one is called "default".
     """
 
     path: Path
+    source: bytes
     pipeline: dict[str, Any]
     added: tuple[AddedToken, ...]
     named: dict[str, str]
@@ -78,7 +80,8 @@ class TokenizerFiles:
         Raises:
             ModelError: ``tokenizer.json`` is missing, or a file is not what it should be.
         """
-        pipeline = _read_json(path / "tokenizer.json", required=True)
+        source = _read(path / "tokenizer.json", required=True)
+        pipeline = _parsed(path / "tokenizer.json", source)
         if not isinstance(pipeline.get("model"), dict):
             raise ModelError(f'{path / "tokenizer.json"} has no "model": it is not a tokenizers file')
         config = _read_json(path / "tokenizer_config.json")
@@ -89,22 +92,32 @@ class TokenizerFiles:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ModelError(f"{path}: the added tokens cannot be read: {error!r}") from error
         named = {role: _content(config[role]) for role in _NAMED if config.get(role)}
-        pipeline |= {"truncation": None, "padding": None}
-        return cls(path, pipeline, added, named, _templates(path, config))
+        return cls(path, source, pipeline, added, named, _templates(path, config))
 
 
-def _read_json(file: Path, *, required: bool = False) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
+    return _parsed(file, _read(file))
+
+
+def _read(file: Path, *, required: bool = False) -> bytes:
     if not file.is_file():
         if not required:
-            return {}
+            return b"{}"
         raise ModelError(
             f"no tokenizer.json in {file.parent}: daskllm needs the fast tokenizer's file; where only "
             "tokenizer.model or vocab.json is given, save it once with "
             "transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
         )
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return file.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error}") from error
+
+
+def _parsed(file: Path, source: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(source.decode("utf-8"))
+    except ValueError as error:
         raise ModelError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ModelError(f"{file} holds a {type(content).__name__}, where an object was expected")

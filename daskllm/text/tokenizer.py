@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from daskllm.machine import uncollected
 from daskllm.text.chat import ChatTemplate, check_unicode, plain_arguments
 from daskllm.text.directory import TokenizerFiles
 from daskllm.text.pieces import Pieces
@@ -57,7 +58,8 @@ class Tokenizer:
         Raises:
             ModelError: ``tokenizer.json`` is missing, broken, or of a kind that is not supported.
         """
-        return cls(TokenizerFiles.read(Path(path)))
+        with uncollected():
+            return cls(TokenizerFiles.read(Path(path)))
 
     def _named(self, files: TokenizerFiles, role: str) -> int | None:
         content = files.named.get(role)

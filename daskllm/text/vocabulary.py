@@ -42,8 +42,8 @@ class Vocabulary:
     """
 
     def __init__(self, files: TokenizerFiles) -> None:
-        # As text, and parsed when it is needed again: as objects a vocabulary takes ten times as much memory.
-        self._pipeline, self._added = json.dumps(files.pipeline), files.added
+        # Parsed again when it is needed again: as objects a vocabulary takes ten times as much memory.
+        self._source, self._added = files.source, files.added
         self._file = files.path / "tokenizer.json"
         self.decoder: dict[str, Any] | None = files.pipeline.get("decoder")
         model = files.pipeline["model"]
@@ -74,7 +74,7 @@ class Vocabulary:
     @cached_property
     def whole(self) -> tokenizers.Tokenizer:
         """The tokenizer as the directory has it, for text in which no control token is a user's."""
-        return self._build(json.loads(self._pipeline), {})
+        return self._build(json.loads(self._source), {})
 
     def _build(self, pipeline: dict[str, Any], stand_ins: dict[str, str]) -> tokenizers.Tokenizer:
         model = pipeline["model"]
@@ -94,9 +94,10 @@ class Vocabulary:
             if token.content in stand_ins:
                 entry |= {"content": stand_ins[token.content], "normalized": False, "single_word": False}
             entries.append(entry)
-        pipeline["added_tokens"] = entries
+        pipeline |= {"added_tokens": entries, "truncation": None, "padding": None}
         try:
-            return tokenizers.Tokenizer.from_str(json.dumps(pipeline))
+            # Letters as they are: as escapes they take twice as long to write, and longer to read.
+            return tokenizers.Tokenizer.from_str(json.dumps(pipeline, ensure_ascii=False))
         except Exception as error:  # the library raises bare Exception
             raise ModelError(f"{self._file}: {error}") from error
 

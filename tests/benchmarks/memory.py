@@ -60,11 +60,14 @@ def child(model: str, work: str, kv_memory: int, group: str) -> None:
     """Load and answer in this process, in a control group where one is named."""
     if group:
         (Path(group) / "cgroup.procs").write_text(str(os.getpid()))
-    import daskllm.engine.kernels.cpu  # noqa: F401  Numba is code, not a copy of weights
+    import torch
+
     from daskllm.bench import read_work
+    from daskllm.engine.kernels import cpu
     from daskllm.engine.kvcache import bytes_per_block
     from daskllm.llm import load
 
+    cpu.load(torch.bfloat16, False, torch.bfloat16)  # code, not a copy of weights
     rows = read_work(work)
     base, own = status("VmRSS"), status("RssAnon")
     llm = load(model, kv_memory=kv_memory, answers=None)

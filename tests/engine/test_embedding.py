@@ -10,7 +10,10 @@ import torch
 
 from daskllm.blocks import array
 from daskllm.engine.batch import Batch, Chunk
-from daskllm.engine.layers import Embedding
+from daskllm.engine.kernels import cpu
+from daskllm.engine.layers import Embedding, Head, ResidentModel
+from daskllm.types import ModelSpec
+from tests import tiny
 
 VOCABULARY, HIDDEN = 1 << 18, 64
 
@@ -42,3 +45,30 @@ def test_a_table_in_memory_stays(tmp_path: Path) -> None:
     table = torch.arange(40.0).view(10, 4)
     rows = Embedding(table, table * 100).rows(Batch.of([Chunk([3, 7], 1, [0])]))
     assert torch.equal(rows, table[[3, 7]] + 100 * table[[1, 2]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(288, 64), (271, 37)])
+def test_a_packed_weight_gives_its_rows_back(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape).to(dtype)
+    tokens = torch.tensor([0, 31, 32, 7, 7, shape[0] - 1])
+    rows = cpu.pack([weight], None).rows(tokens)
+    assert rows.is_contiguous()
+    assert torch.equal(rows, weight[tokens])
+
+
+@pytest.mark.parametrize("name", ["llama-tied-odd", "gpt2"])
+def test_a_tied_table_is_read_in_the_head_where_that_is_there(tmp_path: Path, name: str) -> None:
+    path = tiny.make_model(name, tmp_path / "model")
+    model = ResidentModel.open(ModelSpec(path=str(path), device="cpu"))
+    alone = model.layer("embed")
+    other = ResidentModel.open(ModelSpec(path=str(path), device="cpu"))
+    head, tied = other.layer("head"), other.layer("embed")
+    assert isinstance(alone, Embedding)
+    assert isinstance(tied, Embedding)
+    assert isinstance(head, Head)
+    assert tied.tokens is head.lm_head
+    batch = Batch.of([Chunk([3, 7, 260, 7], 1, [0])])
+    assert torch.equal(tied.rows(batch), alone.rows(batch))
+    for one in (model, other):
+        one.close()

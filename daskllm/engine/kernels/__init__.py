@@ -3,6 +3,7 @@
 ===========  =================================================================
 operation    what it does
 ===========  =================================================================
+load         whatever a model's steps run, ready to be called
 pack         weights, side by side as one, in the layout that `linear` reads best
 pack_int8    the same, quantised to int8 with a scale per output channel
 linear       product with packed weights, and their biases
@@ -23,6 +24,7 @@ from typing import Any, Protocol
 
 import torch
 
+from daskllm import machine
 from daskllm.engine.batch import Batch
 
 __all__ = ["Kernels", "padded_head_dim", "select"]
@@ -45,6 +47,7 @@ class Kernels(Protocol):
     PACKS: bool
     INVARIANT: bool
 
+    def load(self, dtype: torch.dtype, quantized: bool, kv_dtype: torch.dtype) -> None: ...
     def pack(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None) -> Any: ...
     def pack_int8(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None) -> Any: ...
     def linear(self, x: torch.Tensor, weight: Any, dtype: torch.dtype | None = None) -> torch.Tensor: ...
@@ -94,7 +97,8 @@ def _tell_denied() -> None:
 def select(device: str, dtype: torch.dtype) -> Kernels:
     """The kernels for a device ("cpu", "cuda") and a compute dtype."""
     if device == "cpu" and dtype in (torch.float32, torch.bfloat16):
-        from daskllm.engine.kernels import cpu  # Numba is not loaded where it is not used
+        with machine.uncollected():
+            from daskllm.engine.kernels import cpu  # Numba is not loaded where it is not used
 
         if not cpu.DENIED:
             return cpu

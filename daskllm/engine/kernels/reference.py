@@ -33,6 +33,7 @@ __all__ = [
     "add_norm",
     "attention",
     "linear",
+    "load",
     "pack",
     "pack_int8",
     "rope_store",
@@ -72,6 +73,10 @@ class PackedInt8:
     def nbytes(self) -> int:
         """Bytes of all of it."""
         return self.weight.nbytes + self.scales.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+def load(dtype: torch.dtype, quantized: bool, kv_dtype: torch.dtype) -> None:
+    """Nothing to compile."""
 
 
 def pack(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None) -> Packed:

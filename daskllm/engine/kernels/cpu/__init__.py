@@ -22,8 +22,8 @@ import torch
 from daskllm.engine.kernels.composed import Composed
 from daskllm.engine.kernels.cpu.amx import DENIED
 from daskllm.engine.kernels.cpu.cached import attention, rope_store
-from daskllm.engine.kernels.cpu.gemm import Packed, linear, pack
-from daskllm.engine.kernels.cpu.rows import activate, add_norm
+from daskllm.engine.kernels.cpu.gemm import Packed, linear, linear_kernel, pack
+from daskllm.engine.kernels.cpu.rows import activate, add_norm, norm_kernel
 from daskllm.engine.kernels.cpu.stack import Stack
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "add_norm",
     "attention",
     "linear",
+    "load",
     "pack",
     "pack_int8",
     "rope_store",
@@ -49,6 +50,20 @@ def pack_int8(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | 
     from daskllm.engine.kernels.cpu.int8 import PackedInt8  # its kernels are not loaded where it is not used
 
     return PackedInt8.of(weights, biases)
+
+
+def load(dtype: torch.dtype, quantized: bool, kv_dtype: torch.dtype) -> None:
+    """Have what a model's steps run ready: compiled where this machine has not done it before."""
+    stack = _stack_of(not quantized, kv_dtype == torch.int8)
+    needed = [stack.kernel(dtype), norm_kernel(dtype)]
+    if quantized:
+        from daskllm.engine.kernels.cpu.int8 import product_kernels
+
+        needed += product_kernels(dtype, torch.float32)
+    else:
+        needed.append(linear_kernel(dtype, torch.float32))
+    for kernel in needed:
+        kernel.load()
 
 
 def stack(

@@ -27,7 +27,7 @@ from daskllm.engine.kernels.cpu.simd import (
     vstore,
     vsub,
 )
-from daskllm.engine.kernels.cpu.team import SIGNATURE, take
+from daskllm.engine.kernels.cpu.team import Kernel, take
 
 __all__ = ["MASKED", "attend", "attention_bf16", "attention_f32", "attention_scratch"]
 
@@ -194,13 +194,13 @@ def _attention_loop(pointer, dtype):  # type: ignore[no-untyped-def]
     amx.release()
 
 
-@numba.cfunc(SIGNATURE, cache=True)
+@Kernel
 def attention_f32(pointer):  # type: ignore[no-untyped-def]
     """`attend` of all tiles, float32."""
     _attention_loop(pointer, np.float32)
 
 
-@numba.cfunc(SIGNATURE, cache=True)
+@Kernel
 def attention_bf16(pointer):  # type: ignore[no-untyped-def]
     """`attend` of all tiles, bfloat16."""
     _attention_loop(pointer, np.uint16)

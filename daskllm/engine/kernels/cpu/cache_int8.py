@@ -35,7 +35,7 @@ from daskllm.engine.kernels.cpu.simd import (
     vstore,
     vsub,
 )
-from daskllm.engine.kernels.cpu.team import SIGNATURE, neighbours, take
+from daskllm.engine.kernels.cpu.team import Kernel, neighbours, take
 from daskllm.engine.kernels.cpu.vnni import BLOCK_ROWS, dot_rows
 from daskllm.engine.kernels.int8 import SCALE_BYTES
 
@@ -307,13 +307,13 @@ def _rope_loop(pointer, dtype):  # type: ignore[no-untyped-def]
             )  # fmt: skip
 
 
-@numba.cfunc(SIGNATURE, cache=True)
+@Kernel
 def rope_f32(pointer):  # type: ignore[no-untyped-def]
     """`rope_row` of all rows, float32."""
     _rope_loop(pointer, np.float32)
 
 
-@numba.cfunc(SIGNATURE, cache=True)
+@Kernel
 def rope_bf16(pointer):  # type: ignore[no-untyped-def]
     """`rope_row` of all rows, bfloat16."""
     _rope_loop(pointer, np.uint16)
@@ -339,13 +339,13 @@ def _attention_loop(pointer, dtype):  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
-@numba.cfunc(SIGNATURE, cache=True)
+@Kernel
 def attention_f32(pointer):  # type: ignore[no-untyped-def]
     """`attend` of all tiles, float32."""
     _attention_loop(pointer, np.float32)
 
 
-@numba.cfunc(SIGNATURE, cache=True)
+@Kernel
 def attention_bf16(pointer):  # type: ignore[no-untyped-def]
     """`attend` of all tiles, bfloat16."""
     _attention_loop(pointer, np.uint16)

@@ -31,7 +31,7 @@ from daskllm.engine.kernels.cpu.simd import (
     vstore,
     vsub,
 )
-from daskllm.engine.kernels.cpu.team import SIGNATURE, address, neighbours, run, take, together
+from daskllm.engine.kernels.cpu.team import Kernel, address, neighbours, run, take, together
 from daskllm.engine.kernels.cpu.vnni import TILE_COLUMNS, TILE_ROWS, dot_tile
 from daskllm.engine.kernels.int8 import quantised
 
@@ -41,6 +41,7 @@ __all__ = [
     "padded_rows",
     "panels_of",
     "product",
+    "product_kernels",
     "product_scratch",
     "quantise_row",
 ]
@@ -92,11 +93,11 @@ class PackedInt8:
         q = torch.empty((padded_rows(rows), 4 * quads), dtype=torch.int8)
         scales, minus = torch.empty(len(q)), torch.empty(len(q), dtype=torch.int32)
         given = (q.data_ptr(), scales.data_ptr(), minus.data_ptr())
-        compiled = _quantise_f32 if x.dtype == torch.float32 else _quantise_bf16
-        run(compiled, rows, x.data_ptr(), *given, size)
+        quantise, product = product_kernels(x.dtype, dtype or x.dtype)
+        run(quantise, rows, x.data_ptr(), *given, size)
         y = torch.empty((rows, self.out), dtype=dtype or x.dtype)
         run(
-            _linear_f32 if y.dtype == torch.float32 else _linear_bf16,
+            product,
             -(-sixteens // TILE_COLUMNS),
             *given,
             self.weight.data_ptr(),
@@ -109,6 +110,12 @@ class PackedInt8:
             quads,
         )
         return y
+
+
+def product_kernels(given: torch.dtype, made: torch.dtype) -> tuple[Kernel, Kernel]:
+    """What `PackedInt8.product` runs, first on its rows and then on them and its weights."""
+    quantise = _quantise_f32 if given == torch.float32 else _quantise_bf16
+    return quantise, _linear_f32 if made == torch.float32 else _linear_bf16
 
 
 def padded_rows(rows: int) -> int:
@@ -209,12 +216,12 @@ def _quantise_loop(pointer, dtype):  # type: ignore[no-untyped-def]
             quantise_row(x, row, size, q, scales, minus)
 
 
-@numba.cfunc(SIGNATURE, cache=True)
+@Kernel
 def _quantise_f32(pointer):  # type: ignore[no-untyped-def]
     _quantise_loop(pointer, np.float32)
 
 
-@numba.cfunc(SIGNATURE, cache=True)
+@Kernel
 def _quantise_bf16(pointer):  # type: ignore[no-untyped-def]
     _quantise_loop(pointer, np.uint16)
 
@@ -240,11 +247,11 @@ def _linear_loop(pointer, dtype):  # type: ignore[no-untyped-def]
     amx.release()
 
 
-@numba.cfunc(SIGNATURE, cache=True)
+@Kernel
 def _linear_f32(pointer):  # type: ignore[no-untyped-def]
     _linear_loop(pointer, np.float32)
 
 
-@numba.cfunc(SIGNATURE, cache=True)
+@Kernel
 def _linear_bf16(pointer):  # type: ignore[no-untyped-def]
     _linear_loop(pointer, np.uint16)

@@ -28,7 +28,7 @@ from daskllm.engine.kernels.cpu.simd import (
     vstore,
     vsub,
 )
-from daskllm.engine.kernels.cpu.team import SIGNATURE, neighbours, take
+from daskllm.engine.kernels.cpu.team import Kernel, neighbours, take
 
 __all__ = ["rope_bf16", "rope_f32", "rope_row", "turned_head"]
 
@@ -162,13 +162,13 @@ def _rope_loop(pointer, dtype):  # type: ignore[no-untyped-def]
             )  # fmt: skip
 
 
-@numba.cfunc(SIGNATURE, cache=True)
+@Kernel
 def rope_f32(pointer):  # type: ignore[no-untyped-def]
     """`rope_row` of all rows, float32."""
     _rope_loop(pointer, np.float32)
 
 
-@numba.cfunc(SIGNATURE, cache=True)
+@Kernel
 def rope_bf16(pointer):  # type: ignore[no-untyped-def]
     """`rope_row` of all rows, bfloat16."""
     _rope_loop(pointer, np.uint16)

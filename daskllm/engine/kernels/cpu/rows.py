@@ -26,9 +26,9 @@ from daskllm.engine.kernels.cpu.simd import (
     vstore,
     vsub,
 )
-from daskllm.engine.kernels.cpu.team import SIGNATURE, address, float_bits, neighbours, run, take
+from daskllm.engine.kernels.cpu.team import Kernel, address, float_bits, neighbours, run, take
 
-__all__ = ["ACTIVATIONS", "activate", "activate_row", "add_norm", "norm_row", "sum_of_squares"]
+__all__ = ["ACTIVATIONS", "activate", "activate_row", "add_norm", "norm_kernel", "norm_row", "sum_of_squares"]
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 
@@ -105,14 +105,19 @@ def _norm_loop(pointer, dtype):  # type: ignore[no-untyped-def]
             norm_row(item, delta, residual, out, weight, bias, size, as_float(a[8]), a[9] != 0)
 
 
-@numba.cfunc(SIGNATURE, cache=True)
+@Kernel
 def _norm_f32(pointer):  # type: ignore[no-untyped-def]
     _norm_loop(pointer, np.float32)
 
 
-@numba.cfunc(SIGNATURE, cache=True)
+@Kernel
 def _norm_bf16(pointer):  # type: ignore[no-untyped-def]
     _norm_loop(pointer, np.uint16)
+
+
+def norm_kernel(dtype: torch.dtype) -> Kernel:
+    """What `add_norm` runs."""
+    return _norm_f32 if dtype == torch.float32 else _norm_bf16
 
 
 def add_norm(
@@ -125,9 +130,8 @@ def add_norm(
 ) -> torch.Tensor:
     """``residual += delta`` in place, then its RMS or layer norm; all ``[rows, hidden]``."""
     out = torch.empty_like(residual)
-    compiled = _norm_f32 if residual.dtype == torch.float32 else _norm_bf16
     run(
-        compiled,
+        norm_kernel(residual.dtype),
         residual.shape[0],
         address(delta),
         residual.data_ptr(),
@@ -216,12 +220,12 @@ def _activate_loop(pointer, dtype):  # type: ignore[no-untyped-def]
             activate_row(source, item * width, gated * size, out, item * size, size, a[5], scratch)
 
 
-@numba.cfunc(SIGNATURE, cache=True)
+@Kernel
 def _activate_f32(pointer):  # type: ignore[no-untyped-def]
     _activate_loop(pointer, np.float32)
 
 
-@numba.cfunc(SIGNATURE, cache=True)
+@Kernel
 def _activate_bf16(pointer):  # type: ignore[no-untyped-def]
     _activate_loop(pointer, np.uint16)
 
@@ -230,6 +234,6 @@ def activate(x: torch.Tensor, kind: str, gated: bool) -> torch.Tensor:
     """act(gate) * up from ``[rows, 2 * size]``, or act(x) from ``[rows, size]``."""
     size = x.shape[1] // 2 if gated else x.shape[1]
     out = torch.empty((x.shape[0], size), dtype=x.dtype)
-    compiled = _activate_f32 if x.dtype == torch.float32 else _activate_bf16
-    run(compiled, x.shape[0], x.data_ptr(), out.data_ptr(), size, ACTIVATIONS[kind], int(gated))
+    kernel = _activate_f32 if x.dtype == torch.float32 else _activate_bf16
+    run(kernel, x.shape[0], x.data_ptr(), out.data_ptr(), size, ACTIVATIONS[kind], int(gated))
     return out

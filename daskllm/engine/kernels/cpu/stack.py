@@ -25,9 +25,9 @@ from daskllm.engine.kernels.cpu.rows import ACTIVATIONS, activate_row, norm_row
 from daskllm.engine.kernels.cpu.simd import LANES, array, as_float
 from daskllm.engine.kernels.cpu.team import (
     LINE,
-    SIGNATURE,
     TEAM_SIZE,
     YIELD,
+    Kernel,
     address,
     begin,
     float_bits,
@@ -238,12 +238,12 @@ def stack_loop(pointer, dtype, rope, attention, attention_scratch):  # type: ign
     amx.release()
 
 
-@numba.cfunc(SIGNATURE, cache=True)
+@Kernel
 def _stack_f32(pointer):  # type: ignore[no-untyped-def]
     stack_loop(pointer, np.float32, rope, attention, attention_scratch)
 
 
-@numba.cfunc(SIGNATURE, cache=True)
+@Kernel
 def _stack_bf16(pointer):  # type: ignore[no-untyped-def]
     stack_loop(pointer, np.uint16, rope, attention, attention_scratch)
 
@@ -253,13 +253,13 @@ class Stack:
 
     Attributes:
         phases: what is done in each layer, in order.
-        compiled: the kernel, for float32 and for bfloat16.
+        kernels: for float32 and for bfloat16.
         seconds: spent in each phase so far.
         layers: each layer with its keys and values.
     """
 
     phases: tuple[str, ...] = PHASES
-    compiled = (_stack_f32, _stack_bf16)
+    kernels = (_stack_f32, _stack_bf16)
 
     def __init__(
         self, layers: Sequence[Any], keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], config: Any
@@ -280,11 +280,16 @@ class Stack:
     ) -> torch.Tensor:
         self._counters[:] = self._cycles[:] = self._clock[:] = 0
         a = self._arguments(hidden, batch, angles)
-        single, half = self.compiled
         began = time.perf_counter()
-        start(single if self._dtype == torch.float32 else half, a, torch.get_num_threads())
+        start(self.kernel(self._dtype), a, torch.get_num_threads())
         self.seconds += self._cycles * ((time.perf_counter() - began) / self._cycles.sum())
         return self._room["delta"][: hidden.shape[0]]
+
+    @classmethod
+    def kernel(cls, dtype: torch.dtype) -> Kernel:
+        """What a step runs."""
+        single, half = cls.kernels
+        return single if dtype == torch.float32 else half
 
     def _constants(self) -> np.ndarray[Any, Any]:
         """The arguments that are the same in every step."""

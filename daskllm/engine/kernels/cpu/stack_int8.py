@@ -69,7 +69,7 @@ from daskllm.engine.kernels.cpu.stack import (
 from daskllm.engine.kernels.cpu.stack import FIELDS as STACK_FIELDS
 from daskllm.engine.kernels.cpu.team import (
     LINE,
-    SIGNATURE,
+    Kernel,
     address,
     begin,
     meet,
@@ -213,12 +213,12 @@ def stack_loop(pointer, dtype, rope, attention, attention_scratch):  # type: ign
     amx.release()
 
 
-@numba.cfunc(SIGNATURE, cache=True)
+@Kernel
 def _stack_f32(pointer):  # type: ignore[no-untyped-def]
     stack_loop(pointer, np.float32, rope, attention, attention_scratch)
 
 
-@numba.cfunc(SIGNATURE, cache=True)
+@Kernel
 def _stack_bf16(pointer):  # type: ignore[no-untyped-def]
     stack_loop(pointer, np.uint16, rope, attention, attention_scratch)
 
@@ -227,7 +227,7 @@ class StackInt8(Stack):
     """As `Stack`, of layers whose weights are int8."""
 
     phases = PHASES
-    compiled = (_stack_f32, _stack_bf16)
+    kernels = (_stack_f32, _stack_bf16)
 
     def _arguments(
         self, hidden: torch.Tensor, batch: Batch, angles: tuple[torch.Tensor, torch.Tensor] | None

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
 from daskllm.engine.kernels.cpu.cache_int8 import attention_scratch
 from daskllm.engine.kernels.cpu.stack_int8 import StackInt8, stack_loop
 from daskllm.engine.kernels.cpu.stack_kv8 import attention, rope
-from daskllm.engine.kernels.cpu.team import SIGNATURE
+from daskllm.engine.kernels.cpu.team import Kernel
 
 __all__ = ["StackInt8KV8"]
 
 
-@numba.cfunc(SIGNATURE, cache=True)
+@Kernel
 def _stack_f32(pointer):  # type: ignore[no-untyped-def]
     stack_loop(pointer, np.float32, rope, attention, attention_scratch)
 
 
-@numba.cfunc(SIGNATURE, cache=True)
+@Kernel
 def _stack_bf16(pointer):  # type: ignore[no-untyped-def]
     stack_loop(pointer, np.uint16, rope, attention, attention_scratch)
 
@@ -26,4 +25,4 @@ def _stack_bf16(pointer):  # type: ignore[no-untyped-def]
 class StackInt8KV8(StackInt8):
     """As `StackInt8`, over a cache in eight bits."""
 
-    compiled = (_stack_f32, _stack_bf16)
+    kernels = (_stack_f32, _stack_bf16)

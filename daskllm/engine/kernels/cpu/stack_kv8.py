@@ -39,7 +39,7 @@ from daskllm.engine.kernels.cpu.stack import (
     Stack,
     stack_loop,
 )
-from daskllm.engine.kernels.cpu.team import LINE, SIGNATURE, neighbours, take
+from daskllm.engine.kernels.cpu.team import LINE, Kernel, neighbours, take
 
 __all__ = ["StackKV8", "attention", "rope"]
 
@@ -88,12 +88,12 @@ def attention(a, phase, counters, table, layer, scratch, dtype):  # type: ignore
         )  # fmt: skip
 
 
-@numba.cfunc(SIGNATURE, cache=True)
+@Kernel
 def _stack_f32(pointer):  # type: ignore[no-untyped-def]
     stack_loop(pointer, np.float32, rope, attention, attention_scratch)
 
 
-@numba.cfunc(SIGNATURE, cache=True)
+@Kernel
 def _stack_bf16(pointer):  # type: ignore[no-untyped-def]
     stack_loop(pointer, np.uint16, rope, attention, attention_scratch)
 
@@ -101,4 +101,4 @@ def _stack_bf16(pointer):  # type: ignore[no-untyped-def]
 class StackKV8(Stack):
     """As `Stack`, over a cache in eight bits."""
 
-    compiled = (_stack_f32, _stack_bf16)
+    kernels = (_stack_f32, _stack_bf16)

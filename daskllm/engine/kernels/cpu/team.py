@@ -1,6 +1,6 @@
 """Threads for compiled kernels: torch's own OpenMP pool, and what its threads need to work together.
 
-Kernels are plain C functions of one pointer (``numba.cfunc``), run by every thread of the pool: a second pool
+Kernels are plain C functions of one pointer (`Kernel`), run by every thread of the pool: a second pool
 beside torch's would have its threads spin against them. Items are handed out by an atomic counter (`take`),
 so that long ones do not hold up short ones; an item never depends on which thread does it. A kernel of
 several phases has its threads wait for each other between them (`meet`), which costs a microsecond where
@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,8 @@ from daskllm.engine.kernels.cpu.simd import element_pointer
 
 __all__ = [
     "LINE",
-    "SIGNATURE",
     "YIELD",
+    "Kernel",
     "address",
     "begin",
     "float_bits",
@@ -40,15 +42,31 @@ __all__ = [
     "together",
 ]
 
-SIGNATURE = types.void(types.CPointer(types.int64))
-"""Of every compiled kernel: its arguments are int64, the item counter and the number of items first."""
-
 LINE = 8
 """int64 per cache line. Each phase counts in a line of its own: items taken, threads arrived, all there."""
 
+_SIGNATURE = types.void(types.CPointer(types.int64))
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 _SPINS = 4096  # some tens of microseconds: longer than threads that all have a core wait for each other
+
+
+class Kernel:
+    """A function of one pointer, to its int64 arguments, as a compiled kernel.
+
+    It is compiled, or taken from Numba's cache, when it is first asked for: a model runs a few of them all.
+    """
+
+    def __init__(self, function: Callable[[Any], None]) -> None:
+        self._function, self._compiled = function, None
+        self._lock = threading.Lock()
+
+    def load(self) -> Any:
+        """Numba's own object, with its ``address``."""
+        with self._lock:
+            if self._compiled is None:
+                self._compiled = numba.cfunc(_SIGNATURE, cache=True)(self._function)
+            return self._compiled
 
 
 @intrinsic
@@ -203,16 +221,20 @@ YIELD = _function(ctypes.CDLL(None), "sched_yield")
 """Address of the function by which a thread gives its core away."""
 
 
-def run(compiled: Any, items: int, *arguments: int) -> None:
-    """Run a compiled kernel over ``items`` items on torch's threads (on this one where there is no pool)."""
+def run(kernel: Kernel, items: int, *arguments: int) -> None:
+    """Run a kernel over ``items`` items on torch's threads (on this one where there is no pool).
+
+    Its arguments begin with the item counter and the number of items.
+    """
     if items == 0:
         return
     packed = np.array((0, items, *arguments), dtype=np.int64)
-    start(compiled, packed, min(torch.get_num_threads(), items))
+    start(kernel, packed, min(torch.get_num_threads(), items))
 
 
-def start(compiled: Any, packed: np.ndarray, threads: int) -> None:
-    """Run a compiled kernel on so many threads."""
+def start(kernel: Kernel, packed: np.ndarray, threads: int) -> None:
+    """Run a kernel on so many threads."""
+    compiled = kernel.load()
     if _POOL is None or threads == 1:
         compiled.ctypes(packed.ctypes.data_as(ctypes.POINTER(ctypes.c_int64)))
     else:
