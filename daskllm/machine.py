@@ -117,6 +117,10 @@ def uncollected() -> Iterator[None]:
         with _collector:
             _uncollected -= 1
             if _collects and not _uncollected:
+                if not gc.get_freeze_count():  # what somebody has frozen must stay so
+                    # What was made is old from now on, and is not gone through as what is young is.
+                    gc.freeze()
+                    gc.unfreeze()
                 gc.enable()
 
 

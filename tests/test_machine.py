@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,3 +86,25 @@ def test_the_collector_is_as_it_was_when_the_last_block_has_ended() -> None:
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_what_was_made_in_the_block_can_still_be_collected() -> None:
+    class Ring:
+        def __init__(self) -> None:
+            self.me = self
+
+    with machine.uncollected():
+        kept = weakref.ref(Ring())
+        assert kept() is not None
+    gc.collect()
+    assert kept() is None
+
+
+def test_what_somebody_has_frozen_stays_frozen() -> None:
+    gc.freeze()
+    try:
+        with machine.uncollected():
+            pass
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
