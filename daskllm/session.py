@@ -92,15 +92,9 @@ class Session:
         try:
             # Room that is asked for is checked before anything is loaded; else it is what the weights leave.
             asked = None if spec.kv_memory is None else kv_room(model, layers, spec.kv_memory)
-            # Weights are copied outside of the interpreter, which the other two keep busy meanwhile.
             with ThreadPoolExecutor(1, "daskllm-opening") as beside:
-                kernels = beside.submit(model.load_kernels)
                 tokenizer = beside.submit(Tokenizer.from_directory, model.checkpoint.path)
-                # The head first: while it is copied, what may be the largest matrix is in memory twice, and
-                # an embedding that is tied to it then needs none.
-                for name in reversed(layers):
-                    model.layer(name)
-            kernels.result()
+                model.load()
             blocks = asked or kv_room(model, layers, None)
             runner = open_runner(model, layers, blocks)
             return cls.over(spec, model, runner, blocks, tokenizer=tokenizer.result())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -190,9 +191,20 @@ class ResidentModel:
         """`kv_dtype` as torch has it."""
         return torch.int8 if self.kv_dtype == "int8" else array.DTYPES[self.kv_dtype]
 
-    def load_kernels(self) -> None:
-        """Have the operations ready that its steps run; they need no layer."""
-        self.kernels.load(self.torch_dtype, self.quantize is not None, self.kv_torch_dtype)
+    def load(self) -> None:
+        """All layers, and the operations that its steps run, ready to run.
+
+        Raises, leaves: as `layer`.
+        """
+        # Weights are copied outside of the interpreter, which the operations keep busy meanwhile.
+        with ThreadPoolExecutor(1, "daskllm-kernels") as beside:
+            quantized = self.quantize is not None
+            kernels = beside.submit(self.kernels.load, self.torch_dtype, quantized, self.kv_torch_dtype)
+            # The head first: while it is copied, what may be the largest matrix is in memory twice, and an
+            # embedding that is tied to it then needs no memory of its own.
+            for name in reversed(layer_names(self.config)):
+                self.layer(name)
+        kernels.result()
 
     def layer(self, name: str) -> Layer:
         """One layer, ready to run; `daskllm.models.layer_names` has their names.
