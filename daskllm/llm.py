@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from daskllm.given import answers_of, ask, listed
 from daskllm.graph import LayerGraph, Plan
-from daskllm.models import DecoderConfig
+from daskllm.models import DecoderConfig, end_tokens
 from daskllm.runtime import dataflow, shown
 from daskllm.runtime.call import Call, draw_seed
 from daskllm.runtime.cluster import client_for
@@ -35,7 +35,7 @@ from daskllm.runtime.recall import place_for
 from daskllm.runtime.resident import resident_bytes
 from daskllm.runtime.update import of_its_own, present_at, update
 from daskllm.runtime.versions import known, learn, present
-from daskllm.session import Session, end_tokens
+from daskllm.session import Session
 from daskllm.text.tokenizer import Tokenizer
 from daskllm.types import ModelSpec, Pooling, SamplingParams
 
@@ -275,7 +275,7 @@ class LLM:
         if fuse != "layer" or shards != 1:
             raise ValueError('max_tokens goes layer by layer: leave fuse="layer" and shards=1')
         params = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop_token_ids)
-        ends = set() if ignore_eos else set(end_tokens(now.checkpoint, now.config))
+        ends = set() if ignore_eos else set(end_tokens(now.checkpoint.generation_config, now.config))
         ends.update(params.stop_token_ids or ())  # type: ignore[arg-type]
         return dataflow.decode(now.spec, now.config, token_ids, params.max_tokens, ends)
 

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from daskllm import machine
-from daskllm.checkpoint import Checkpoint
 from daskllm.engine import knee
 from daskllm.engine.batcher import Batcher
 from daskllm.engine.engine import Engine, Ticket
@@ -29,14 +28,14 @@ from daskllm.engine.runner import Runner
 from daskllm.engine.sequence import Request, Sample
 from daskllm.engine.stage import MAX_STEP_TOKENS, Flight, kv_room, open_runner
 from daskllm.metrics import EngineMetrics, Progress, error_kind
-from daskllm.models import DecoderConfig, layer_names
+from daskllm.models import end_tokens, layer_names
 from daskllm.results import Embedding, Score
 from daskllm.text.encode import Encoded, Encoder
 from daskllm.text.tokenizer import Tokenizer
 from daskllm.text.watch import TextWatcher
 from daskllm.types import URGENT, Completion, ModelSpec, Pooling, Prompt, RowError, SamplingParams
 
-__all__ = ["Progress", "Session", "end_tokens"]
+__all__ = ["Progress", "Session"]
 
 _POLL_SECONDS = 0.25
 
@@ -70,7 +69,7 @@ class Session:
     def __init__(self, spec: ModelSpec, model: ResidentModel, tokenizer: Tokenizer, engine: Engine) -> None:
         self.spec, self.model, self.tokenizer, self.engine = spec, model, tokenizer, engine
         self.config, self.context = model.config, engine.context
-        self.eos_token_ids = end_tokens(model.checkpoint, model.config)
+        self.eos_token_ids = end_tokens(model.checkpoint.generation_config, model.config)
         self._encoder = Encoder(tokenizer, self.config.vocab_size, self.context)
         # The engine's thread must have left torch before the interpreter takes it down.
         self._at_exit = functools.partial(_close_at_exit, weakref.WeakMethod(self.close))
@@ -435,14 +434,6 @@ def _outcome(row: _Row) -> tuple[Sample | None, str | None]:
     sample = None if row.ticket is None else row.ticket.samples[0]
     error = row.error if sample is None else sample.error
     return (sample if error is None else None), error
-
-
-def end_tokens(checkpoint: Checkpoint, config: DecoderConfig) -> tuple[int, ...]:
-    """The ids that end a text: those of generation_config.json, else those of config.json."""
-    found = checkpoint.generation_config.get("eos_token_id")
-    if found is None:
-        return config.eos_token_ids
-    return tuple(found) if isinstance(found, list) else (int(found),)
 
 
 def _close_at_exit(method: weakref.WeakMethod[Callable[[], None]]) -> None:

@@ -22,6 +22,7 @@ __all__ = [
     "Rope",
     "TensorSource",
     "describe",
+    "end_tokens",
     "layer_names",
     "sources",
 ]
@@ -72,3 +73,11 @@ def sources(config: DecoderConfig, names: Collection[str]) -> BlockSources:
     """
     found: BlockSources = FAMILIES[config.family].sources(config, names)
     return found
+
+
+def end_tokens(generation_config: Mapping[str, Any], config: DecoderConfig) -> tuple[int, ...]:
+    """The ids that end a text: those of a ``generation_config.json``, else those of the description."""
+    found = generation_config.get("eos_token_id")
+    if found is None:
+        return config.eos_token_ids
+    return tuple(found) if isinstance(found, list) else (int(found),)
