@@ -10,26 +10,23 @@ import atexit
 import functools
 import queue
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
-
-import numpy as np
 
 from daskllm import machine
 from daskllm.engine import knee
 from daskllm.engine.batcher import Batcher
-from daskllm.engine.engine import Engine, Ticket
+from daskllm.engine.engine import Engine
 from daskllm.engine.kvcache import BlockPool
 from daskllm.engine.layers import ResidentModel
 from daskllm.engine.runner import Runner
 from daskllm.engine.sequence import Request, Sample
 from daskllm.engine.stage import MAX_STEP_TOKENS, Flight, kv_room, open_runner
-from daskllm.metrics import EngineMetrics, Progress, error_kind
+from daskllm.metrics import EngineMetrics, Progress
 from daskllm.models import end_tokens, layer_names
 from daskllm.results import Embedding, Score
+from daskllm.rows import Reporter, Row, embedding_of, score_of
 from daskllm.text.encode import Encoded, Encoder
 from daskllm.text.tokenizer import Tokenizer
 from daskllm.text.watch import TextWatcher
@@ -38,28 +35,6 @@ from daskllm.types import URGENT, Completion, ModelSpec, Pooling, Prompt, RowErr
 __all__ = ["Progress", "Session"]
 
 _POLL_SECONDS = 0.25
-
-
-@dataclass(slots=True)
-class _Row:
-    """A prompt on its way: its ids or its error, and the ticket of what was asked of the engine."""
-
-    ids: Sequence[int] = ()
-    error: str | None = None
-    params: SamplingParams = field(default_factory=SamplingParams)
-    ticket: Ticket | None = None
-    watchers: list[TextWatcher] = field(default_factory=list)
-    answer: list[Completion] | None = None
-
-    @property
-    def over(self) -> bool:
-        """Whether it has come to its own end, which a step that broke is not."""
-        return self.ticket is None or (self.ticket.done and self.ticket.failure is None)
-
-    @property
-    def samples(self) -> list[Sample]:
-        """Those that are done."""
-        return [] if self.ticket is None else [s for s in self.ticket.samples if s is not None]
 
 
 class Session:
@@ -244,7 +219,7 @@ class Session:
     ) -> list[Score]:
         """The log-probability that the model gives to each text; arguments as for `generate`."""
         rows = self._read(prompts, progress, cancelled, kind="score", priority=priority)
-        return [_score(row) for row in rows]
+        return [score_of(row) for row in rows]
 
     def embed(
         self,
@@ -265,7 +240,7 @@ class Session:
         The rest is as for `generate`.
         """
         rows = self._read(prompts, progress, cancelled, kind="embed", pooling=pooling, priority=priority)
-        return [_embedding(row, self.config.hidden_size, normalize) for row in rows]
+        return [embedding_of(row, self.config.hidden_size, normalize) for row in rows]
 
     def _read(
         self,
@@ -273,7 +248,7 @@ class Session:
         progress: Callable[[Progress], None] | None,
         cancelled: Callable[[], bool] | None,
         **asked: Any,
-    ) -> list[_Row]:
+    ) -> list[Row]:
         """Rows of texts that nothing is generated for, when all are done; ``asked`` is of their `Request`."""
         rows = self._rows(prompts, [SamplingParams(max_tokens=1)] * len(prompts), room=0)
         pending = [row for row in rows if row.error is None]
@@ -288,14 +263,14 @@ class Session:
 
     def _rows(
         self, prompts: Sequence[Prompt | Encoded], params: Sequence[SamplingParams], room: int = 1
-    ) -> list[_Row]:
+    ) -> list[Row]:
         """Prompts as ids; ``room`` is how many positions must stay free for an answer."""
         encoded = self._encoder.encode(prompts, params, room)
-        return [_Row(one.ids, one.error, own) for one, own in zip(encoded, params, strict=True)]
+        return [Row(one.ids, one.error, own) for one, own in zip(encoded, params, strict=True)]
 
     def _request(
         self,
-        row: _Row,
+        row: Row,
         job_seed: int,
         place: tuple[int, ...],
         caller: object,
@@ -321,13 +296,13 @@ class Session:
 
     def _await(
         self,
-        rows: Sequence[_Row],
+        rows: Sequence[Row],
         progress: Callable[[Progress], None] | None,
         cancelled: Callable[[], bool] | None,
-        finished: Callable[[Sequence[tuple[int, _Row]]], None] | None = None,
+        finished: Callable[[Sequence[tuple[int, Row]]], None] | None = None,
     ) -> None:
         tickets = [row.ticket for row in rows if row.ticket is not None]
-        reporter = _Reporter(rows, self.engine, progress, finished)
+        reporter = Reporter(rows, self.engine, progress, finished)
         watched = progress is not None or cancelled is not None or finished is not None
         try:
             while len(self.engine.wait(tickets, _POLL_SECONDS if watched else None)) < len(tickets):
@@ -341,18 +316,18 @@ class Session:
         finally:  # an interrupt or a cancelled task must not leave its rows decoding
             self.engine.abort(tickets)
 
-    def _answer(self, row: _Row) -> list[Completion]:
+    def _answer(self, row: Row) -> list[Completion]:
         if row.answer is None:
             row.answer = self._completions(row)
         return row.answer
 
-    def _completions(self, row: _Row) -> list[Completion]:
+    def _completions(self, row: Row) -> list[Completion]:
         n, version = row.params.n, self.spec.version
         if row.error is not None or row.ticket is None:
             return [Completion.failed(row.error or "the row was not run", len(row.ids), version)] * n
         return [self._completion(row, number, sample) for number, sample in enumerate(row.samples)]
 
-    def _completion(self, row: _Row, number: int, sample: Sample) -> Completion:
+    def _completion(self, row: Row, number: int, sample: Sample) -> Completion:
         if sample.error is not None:
             return Completion.failed(sample.error, len(row.ids), self.spec.version)
         request = row.ticket.request if row.ticket is not None else None
@@ -370,70 +345,6 @@ class Session:
             sample.logprobs,
             model_version=self.spec.version,
         )
-
-
-class _Reporter:
-    """Counts rows as they come to an end and reports the difference, and hands them out."""
-
-    def __init__(
-        self,
-        rows: Sequence[_Row],
-        engine: Engine,
-        progress: Callable[[Progress], None] | None,
-        finished: Callable[[Sequence[tuple[int, _Row]]], None] | None,
-    ) -> None:
-        self._open, self._progress, self._finished = list(enumerate(rows)), progress, finished
-        self._engine = engine
-        self._caller = next((row.ticket.request.caller for row in rows if row.ticket is not None), None)
-
-    def report(self) -> None:
-        if self._progress is None and self._finished is None:
-            return
-        over = [numbered for numbered in self._open if numbered[1].over]
-        if over:
-            gone = {number for number, _ in over}
-            self._open = [numbered for numbered in self._open if numbered[0] not in gone]
-            if self._finished is not None:
-                self._finished(over)
-        under_way = self._engine.under_way(self._caller) if self._open else ()
-        if self._progress is None or not (over or under_way):
-            return
-        done = [row for _, row in over]
-        samples = [s for row in done for s in row.samples]
-        why = [row.error or next((s.error for s in row.samples if s.error), None) for row in done]
-        self._progress(
-            Progress(
-                rows=len(done),
-                prompt_tokens=sum(len(row.ids) for row in done),
-                output_tokens=sum(len(s.token_ids) for s in samples),
-                errors=sum(message is not None for message in why),
-                ended=tuple(len(s.token_ids) for s in samples if s.error is None),
-                under_way=under_way,
-                costs=self._engine.metrics.costs(),
-                kinds=tuple(Counter(map(error_kind, filter(None, why))).items()),
-            )
-        )
-
-
-def _score(row: _Row) -> Score:
-    sample, error = _outcome(row)
-    if sample is None or sample.scores is None:
-        return Score(float("nan"), (), len(row.ids), error)
-    return Score(float(np.sum(sample.scores)), sample.scores, len(row.ids))
-
-
-def _embedding(row: _Row, hidden: int, normalize: bool) -> Embedding:
-    sample, error = _outcome(row)
-    if sample is None or sample.pooled is None:
-        return Embedding.failed(error or "the row was not run", hidden, len(row.ids))
-    return Embedding.of(sample.pooled, len(row.ids), normalize)
-
-
-def _outcome(row: _Row) -> tuple[Sample | None, str | None]:
-    """The one sample of a row that is done, or why it failed."""
-    sample = None if row.ticket is None else row.ticket.samples[0]
-    error = row.error if sample is None else sample.error
-    return (sample if error is None else None), error
 
 
 def _close_at_exit(method: weakref.WeakMethod[Callable[[], None]]) -> None:
