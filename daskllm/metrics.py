@@ -67,6 +67,7 @@ class Progress:
             generated.
         costs: what the engine's steps took so far.
         kinds: (`error_kind`, rows) of the errors.
+        reused_tokens: of the rows' prompt tokens, those whose keys and values were found instead of computed.
     """
 
     rows: int
@@ -77,6 +78,7 @@ class Progress:
     under_way: tuple[tuple[int, int], ...] = ()
     costs: StepCosts | None = None
     kinds: tuple[tuple[str, int], ...] = ()
+    reused_tokens: int = 0
 
 
 def error_kind(message: str) -> str:

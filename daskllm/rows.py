@@ -83,6 +83,8 @@ class Reporter:
                 under_way=under_way,
                 costs=self._engine.metrics.costs(),
                 kinds=tuple(Counter(map(error_kind, filter(None, why))).items()),
+                # A row's other samples begin on the first one's prompt.
+                reused_tokens=sum(row.samples[0].reused for row in done if row.samples),
             )
         )
 

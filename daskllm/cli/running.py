@@ -74,7 +74,7 @@ def write(job: Job, client: Client | None, rows: int | None = None) -> tuple[Sum
     """
     before = job.manifest.totals()["rows"]
     left = None if rows is None else rows - before
-    with watching(job.expr, client, left, len(job.left)) as eta, progress_bar(eta, before):
+    with watching(job.expr, client, left, job.left) as eta, progress_bar(eta, before):
         done = run(job, client)
     return done, min(eta.state().remembered, done.rows + done.errors)
 

@@ -146,7 +146,7 @@ class Job:
         self.seen, self.priority = now, new.priority
         eta = self._etas.get(new.job)
         if eta is None:
-            eta = self._etas[new.job] = Eta(_params(new), None, partitions)
+            eta = self._etas[new.job] = Eta(_params(new), None, range(partitions or 0))
         eta.take(new, now)
         counted = Counter({name: getattr(new, name) for name in _COUNTED if getattr(new, name)})
         counted.update({f"error:{kind}": rows for kind, rows in new.kinds})

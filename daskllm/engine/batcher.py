@@ -271,6 +271,7 @@ class Batcher:
         own[first : first + len(found)] = found
         behind = (first + len(found)) * BLOCK_SIZE
         self.reused_tokens += behind - sequence.computed
+        sequence.reused += behind - sequence.computed
         sequence.computed = behind
 
     def _publish(self, sequence: SequenceState, count: int) -> None:

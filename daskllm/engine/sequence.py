@@ -71,7 +71,8 @@ class Request:
 class Sample:
     """What became of one sample of a request; ``error`` says why a "error" one ended.
 
-    ``scores`` is of a "score" request, ``pooled`` (float64 [hidden]) of an "embed" one.
+    ``scores`` is of a "score" request, ``pooled`` (float64 [hidden]) of an "embed" one. ``reused`` tells how
+    many tokens of the prompt were found instead of computed.
     """
 
     token_ids: tuple[int, ...]
@@ -80,6 +81,7 @@ class Sample:
     scores: tuple[float, ...] | None = None
     pooled: Vector | None = None
     error: str | None = None
+    reused: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -91,6 +93,7 @@ class SequenceState:
         sample: its number among the request's n.
         tokens: prompt and output ids.
         computed: how many of them have their keys and values in the cache.
+        reused: how many of those were found there, for a row taken up again too.
         blocks: its block table.
         keys: what its full blocks are found by, as far as somebody asked.
         scores, hidden: what its prompt has given so far: log-probabilities, the sum of its hidden states.
@@ -104,6 +107,7 @@ class SequenceState:
     sample: int
     tokens: list[int]
     computed: int = 0
+    reused: int = 0
     blocks: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -165,4 +169,5 @@ class SequenceState:
         pooled = self.hidden
         if pooled is not None and request.pooling == "mean":
             pooled = pooled / len(request.prompt)
-        return Sample(tuple(self.output), reason, logprobs, scores, pooled, error)
+        reused = min(self.reused, len(self.request.prompt))
+        return Sample(tuple(self.output), reason, logprobs, scores, pooled, error, reused)

@@ -208,7 +208,8 @@ class Cut(Blockwise):  # type: ignore[misc]
         return self.frame._meta
 
     def _task(self, name: Any, index: int) -> Task:
-        return Task(name, cut_table, TaskRef((self.frame._name, index)), self.call, self._name, self.most)
+        frame = TaskRef((self.frame._name, index))
+        return Task(name, cut_table, frame, self.call, self._name, index, self.most)
 
 
 class Sliced(Expr):  # type: ignore[misc]
@@ -243,7 +244,7 @@ class Sliced(Expr):  # type: ignore[misc]
             cut = TaskRef((self.frame._name, part))
             for number in range(self.most):
                 key = slice_key(self._name, part, number)
-                layer[key] = Task(key, answer_slice, cut, number, self.call, self.frame._name)
+                layer[key] = Task(key, answer_slice, cut, number, self.call, self.frame._name, part)
         return layer
 
     def _simplify_up(self, parent: Expr, dependents: Any) -> Expr | None:
@@ -299,7 +300,7 @@ class Whole(Blockwise):  # type: ignore[misc]
 
     def _task(self, name: Any, index: int) -> Task:
         protect()  # as for slices
-        return Task(name, answer_table, TaskRef((self.frame._name, index)), self.call, self._name)
+        return Task(name, answer_table, TaskRef((self.frame._name, index)), self.call, self._name, index)
 
 
 def _conjunction(predicate: Expr) -> list[Expr]:

@@ -233,7 +233,7 @@ class _LocalJob(_Job):
         try:
             job = prepare(table, self.path, client=None, **options)
             self._calls = calls_in(job.expr)
-            with watching(job.expr, None, partitions=len(job.left)) as eta:
+            with watching(job.expr, None, parts=job.left) as eta:
                 self._eta = eta
                 self._summary = run(job, None, cancelled=self._cancelled.is_set)
             self._status = "finished"
@@ -349,7 +349,7 @@ def _coordinate(table: bytes, path: str, options: dict[str, Any], name: str, pri
     with worker_client() as client:
         job = prepare(loads(table), path, client=client, **options)
         told, over = _told(name, client), threading.Event()
-        with watching(job.expr, client, partitions=len(job.left)) as eta:
+        with watching(job.expr, client, parts=job.left) as eta:
             teller = threading.Thread(target=_tell, args=(told.set, eta.state, over), daemon=True)
             teller.start()
             try:

@@ -1,11 +1,12 @@
 """How far a job is and when it will be done, from what its tasks tell while it runs.
 
 Rows differ in cost, and what is done first is no fair sample of them. So work is counted in an engine's
-seconds: prompt tokens and output tokens, weighted by what the steps of this run took. What is done counts the
-rows under way; what is left counts prompts as far as they are known (exactly where rows have begun, by their
-size where a partition was cut, else as those), and answers by `Lengths` and, as far as they go with prompts,
-by `Trend`. The speed is that of the last three quarters of the time, and of some seconds at least. Nothing
-here is a constant of some machine or model.
+seconds: prompt tokens and output tokens, weighted by what the steps of this run took. Prompt tokens whose
+keys and values were found took nothing. What is done counts the rows under
+way; what is left counts prompts as far as they are known (exactly where rows have begun, by their size where
+a partition was cut, else by `Partitions`, which also tells what will be found), and answers by `Lengths` and,
+as far as they go with prompts, by `Trend`. The speed is that of the last three quarters of the time, and of
+some seconds at least. Nothing here is a constant of some machine or model.
 
 It refuses to know where the events come from and how they are shown.
 """
@@ -15,12 +16,14 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from daskllm import markup
 from daskllm.jobs.explanation import duration
 from daskllm.jobs.lengths import Lengths, Trend
+from daskllm.jobs.partitions import Partitions
 from daskllm.runtime.progress import Increment
 from daskllm.types import SamplingParams
 
@@ -93,6 +96,16 @@ class _Task:
     rows: int = 0
 
 
+_SUMMED = (
+    "rows",
+    "errors",
+    "remembered",
+    "prompt_tokens",
+    "reused_tokens",
+    "output_tokens",
+    "cut_rows",
+    "cut_tokens",
+)
 _BEGUN = ("begun_rows", "begun_tokens", "begun_estimate")
 
 
@@ -102,7 +115,8 @@ class Eta:
     Args:
         params: of its call; None where nothing is generated.
         rows: that it has, where that is known beforehand.
-        partitions: that it has, from which the rows are told otherwise.
+        parts: the numbers of its partitions, from which the rows are told otherwise.
+        calls: that it makes on each row.
 
     Example:
         >>> eta = Eta(SamplingParams(max_tokens=10), rows=100)
@@ -112,19 +126,24 @@ class Eta:
     """
 
     def __init__(
-        self, params: SamplingParams | None, rows: int | None = None, partitions: int | None = None
+        self,
+        params: SamplingParams | None,
+        rows: int | None = None,
+        parts: Collection[int] | None = None,
+        calls: int = 1,
     ) -> None:
-        self._params, self._known_rows, self._partitions = params, rows, partitions
+        self._params, self._known_rows = params, rows
+        self._total_parts, self._parts = calls * len(parts or ()), Partitions(parts or ())
         self._lock = threading.Lock()
         self._sum: Counter[str] = Counter()
         self._cuts = 0
         self._ended: Counter[int] = Counter()
-        self._trend = Trend()
+        self._prompts, self._answers = Trend(), Trend()
         self._tasks: dict[str, _Task] = {}
         self._costs: dict[str, tuple[float, float, float]] = {}
-        self._looks: deque[tuple[float, int, int, int]] = deque()
+        self._looks: deque[tuple[float, float, int]] = deque()
         self._first: float | None = None
-        self._warm: tuple[float, int, int, int] | None = None
+        self._warm: tuple[float, float, int] | None = None
 
     def take(self, new: Increment, now: float | None = None) -> None:
         """Take one event.
@@ -136,13 +155,14 @@ class Eta:
         with self._lock:
             if self._first is None and not new.cut_rows:
                 self._first = now  # opening the model is no work of the rows
-            for name in ("rows", "errors", "remembered", "prompt_tokens", "output_tokens", "cut_tokens"):
+            for name in (*_SUMMED, *_BEGUN):
                 self._sum[name] += getattr(new, name)
-            for name in ("cut_rows", *_BEGUN):
-                self._sum[name] += getattr(new, name)
-            self._cuts += bool(new.cut_rows)
+            if new.cut_rows:
+                self._cuts += 1
+            self._parts.take(new)
             self._ended.update(dict(new.ended))
-            self._trend.add(new.rows - new.errors - new.remembered, new.prompt_tokens, new.output_tokens)
+            generated = new.rows - new.errors - new.remembered
+            self._answers.add(generated, new.prompt_tokens, new.output_tokens)
             joined = new.costs is not None and new.worker not in self._costs
             if new.costs is not None:
                 self._costs[new.worker] = new.costs
@@ -150,9 +170,9 @@ class Eta:
                 self._note(new, now)
             if joined:
                 # What is slow once, in a worker's process, will not be so again; and now they are one more.
-                self._warm = (now, *self._done())
+                self._warm = (now, *self._work())
             if not self._looks or now - self._looks[-1][0] >= _LOOK_SECONDS:
-                self._looks.append((now, *self._done()))
+                self._looks.append((now, *self._work()))
                 if len(self._looks) > _LOOKS:
                     self._looks = deque(list(self._looks)[::2])
 
@@ -162,6 +182,10 @@ class Eta:
         task.rows += new.rows
         for name in _BEGUN:
             task.begun[name] += getattr(new, name)
+        if new.begun_tokens:
+            self._prompts.add(
+                *(task.begun[name] for name in ("begun_rows", "begun_estimate", "begun_tokens"))
+            )
         if not new.under_way and task.rows >= task.begun["begun_rows"]:
             del self._tasks[new.task]
         for name, other in list(self._tasks.items()):
@@ -203,9 +227,9 @@ class Eta:
     def _total_rows(self) -> int | None:
         if self._known_rows is not None:
             return self._known_rows
-        if not self._partitions or not self._cuts:
+        if not self._total_parts or not self._cuts:
             return None
-        return round(self._sum["cut_rows"] * max(1.0, self._partitions / self._cuts))
+        return round(self._sum["cut_rows"] * max(1.0, self._total_parts / self._cuts))
 
     def _done(self) -> tuple[int, int, int]:
         """Rows answered by the model, tokens read and generated, rows under way included."""
@@ -216,16 +240,22 @@ class Eta:
             self._sum["output_tokens"] + sum(made for _, made in under_way),
         )
 
-    def _window(self, now: float) -> tuple[float, int, int]:
-        """When the time began that the speed is told from, and what had been read and generated by then."""
-        found = self._warm or (self._first or 0.0, 0, 0, 0)
+    def _work(self) -> tuple[float, int]:
+        """Tokens of prompts that were computed, and tokens generated."""
+        _, read, made = self._done()
+        ended = self._sum["prompt_tokens"]
+        return read * (1 - self._sum["reused_tokens"] / ended if ended else 1.0), made
+
+    def _window(self, now: float) -> tuple[float, float, int]:
+        """When the time began that the speed is told from, and the work that had been done by then."""
+        found = self._warm or (self._first or 0.0, 0.0, 0)
         first = found[0]
         begin = first + min(_FORGOTTEN * (now - first), max(0.0, now - first - _LEAST_SECONDS))
         for look in self._looks:
             if look[0] > begin:
                 break
             found = look if look[0] >= first else found
-        return found[0], found[2], found[3]
+        return found
 
     def _weights(self) -> tuple[float, float]:
         """Seconds of a prompt token and of an output token; both 1 before an engine has told."""
@@ -241,8 +271,8 @@ class Eta:
             return None, None
         reading, making = self._weights()
         since, first_read, first_made = self._window(now)
-        _, read, made = self._done()
-        left = reading * to_read + making * to_make
+        read, made = self._work()
+        left = reading * self._parts.computed * to_read + making * to_make
         done = reading * read + making * made
         latest = reading * (read - first_read) + making * (made - first_made)
         if latest <= 0 or now <= since:
@@ -275,13 +305,11 @@ class Eta:
         rests = [] if lengths is None else [lengths.rest(made) for _, made in running]
         waiting = max(0.0, asked * begun - answered - len(running) / max(1, samples))
         unread = max(0.0, asked * known["begun_tokens"] - read)
-        ratio = known["begun_tokens"] / known["begun_estimate"] if known["begun_estimate"] else 1.0
         cut = max(0, known["cut_rows"] - begun)
-        prompts = ratio * max(0, known["cut_tokens"] - known["begun_estimate"])
         uncut = max(0, total - max(known["cut_rows"], begun))
-        if known["cut_rows"]:
-            prompts += uncut * ratio * known["cut_tokens"] / known["cut_rows"]
+        estimate = uncut * self._parts.size + max(0, known["cut_tokens"] - known["begun_estimate"])
+        prompts = (cut + uncut) * self._prompts.found(estimate / (cut + uncut)) if cut + uncut else 0.0
         to_read, rows = unread + asked * prompts, waiting + asked * (cut + uncut)
         if rows:
-            mean = min(most, mean * self._trend.factor(to_read / rows))
+            mean = min(most, mean * self._answers.factor(to_read / rows))
         return to_read, sum(rests) + mean * samples * rows, max(rests, default=mean)

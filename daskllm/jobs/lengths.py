@@ -3,7 +3,8 @@
 Short answers end first, so that the mean of those that ended is too small for as long as there are few of
 them. `Lengths` is the product-limit estimate (Kaplan and Meier 1958), which counts an unfinished answer for
 what is known of it: that it is longer than what there is. `Trend` is for tables whose rows get longer or
-shorter on the way: translations, summaries, whatever writes more the more it has read.
+shorter on the way: translations, summaries, whatever writes more the more it has read; and for prompts, which
+have some tokens of their template and more the larger their row is.
 """
 
 from __future__ import annotations
@@ -73,42 +74,60 @@ class Lengths:
 
 
 class Trend:
-    """How answers' lengths go with their prompts', by a line through groups of rows that ended together.
+    """How one length goes with another, answers' with their prompts', by a line through groups of rows.
 
     Example:
         >>> trend = Trend()
         >>> for prompt in (10, 20, 30, 40):
-        ...     trend.add(rows=5, read=5 * prompt, made=5 * (10 + prompt // 2))
+        ...     trend.add(rows=5, given=5 * prompt, found=5 * (10 + prompt // 2))
         >>> round(trend.factor(45), 2)  # an answer of 32.5 tokens, where they had 22.5
         1.44
+        >>> round(trend.found(45), 1)
+        32.5
     """
 
     def __init__(self) -> None:
         self._groups = 0
         self._sums: tuple[float, ...] = (0.0,) * 6
 
-    def add(self, rows: int, read: int, made: int) -> None:
-        """Note that so many rows ended, with so many tokens of prompts and answers in all."""
+    def add(self, rows: int, given: int, found: int) -> None:
+        """Note that so many rows have so much of both lengths in all."""
         if rows < 1:
             return
-        x, y = read / rows, made / rows
+        x, y = given / rows, found / rows
         self._groups += 1
-        new = (rows, read, made, read * x, made * y, read * y)
+        new = (rows, given, found, given * x, found * y, given * y)
         self._sums = tuple(a + b for a, b in zip(self._sums, new, strict=True))
 
-    def factor(self, prompt: float) -> float:
-        """Times what answers had so far that one has whose prompt is so long.
+    def factor(self, given: float) -> float:
+        """Times the mean what a row has whose given length this is; 1 as far as that is chance."""
+        rise, sure = self._line(given)
+        return min(_FURTHEST, max(1 / _FURTHEST, 1 + sure * rise))
 
-        The line counts for as much as it explains beyond what a line through so many groups does by chance.
+    def found(self, given: float) -> float:
+        """What a row has whose given length this is: some part that all have, the rest in proportion.
+
+        All of it in proportion as far as the line is chance.
+        """
+        n, x, y, *_ = self._sums
+        if not x or not y:
+            return given
+        rise, sure = self._line(given)
+        times = given * n / x
+        return y / n * min(max(1.0, times), max(min(1.0, times), times + sure * (1 + rise - times)))
+
+    def _line(self, given: float) -> tuple[float, float]:
+        """By what part of the mean the line is above it, and how far it is to be believed.
+
+        It counts for as much as it explains beyond what a line through so many groups does by chance.
         """
         n, x, y, xx, yy, xy = self._sums
         if self._groups < 4 or not y:
-            return 1.0
+            return 0.0, 0.0
         spread, height, slope = xx - x * x / n, yy - y * y / n, xy - x * y / n
         if spread <= 1e-9 * xx or height <= 1e-9 * yy:
-            return 1.0
+            return 0.0, 0.0
         explained = min(1.0, slope * slope / (spread * height))
         chance = _DOUBT * (1 - explained) / (self._groups - 2)
         sure = max(0.0, 1 - chance / explained) if explained else 0.0
-        rise = sure * slope / spread * (prompt - x / n)
-        return min(_FURTHEST, max(1 / _FURTHEST, 1 + rise / (y / n)))
+        return slope / spread * (given - x / n) / (y / n), sure

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -39,33 +39,33 @@ def jobs_in(expr: Expr) -> dict[str, Call]:
     return {node._name: next(o for o in node.operands if isinstance(o, Call)) for node in cuts}
 
 
-def eta_of(expr: Expr, rows: int | None = None, partitions: int | None = None) -> tuple[set[str], Eta]:
+def eta_of(expr: Expr, rows: int | None = None, parts: Collection[int] | None = None) -> tuple[set[str], Eta]:
     """Whose increments are a table's, and what takes them.
 
     Where a table has several columns of answers, answers are counted that are of any of them.
 
     Args:
         rows: that are to be answered, where that is known.
-        partitions: that are to be answered; None: all of the table's.
+        parts: the numbers of the partitions that are to be answered; None: all of the table's.
     """
     calls = jobs_in(expr)
     last = next(iter(calls.values()), None)
     params = last.params if last is not None and last.generates else None
     total = None if rows is None else rows * len(calls)
-    partitions = expr.npartitions if partitions is None else partitions
-    return set(calls), Eta(params, total, partitions * len(calls))
+    parts = range(expr.npartitions) if parts is None else parts
+    return set(calls), Eta(params, total, parts, len(calls))
 
 
 @contextmanager
 def watching(
-    expr: Expr, client: Client | None, rows: int | None = None, partitions: int | None = None
+    expr: Expr, client: Client | None, rows: int | None = None, parts: Collection[int] | None = None
 ) -> Iterator[Eta]:
     """How far a table's rows are, while the block computes it; a line goes to the log now and then.
 
     Args:
         expr: a table with answers.
         client: whose workers answer; None for this process.
-        rows, partitions: as for `eta_of`.
+        rows, parts: as for `eta_of`.
 
     Example:
         >>> import daskllm
@@ -79,7 +79,7 @@ def watching(
         >>> rows, eta.state().rows
         (4, 4)
     """
-    jobs, eta = eta_of(expr, rows, partitions)
+    jobs, eta = eta_of(expr, rows, parts)
     last = time.monotonic()
 
     def take(new: Increment) -> None:

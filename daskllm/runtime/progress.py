@@ -68,6 +68,8 @@ class Increment:
         span: the task's `distributed.span`, its tags joined by "/"; "" without one.
         priority: the task's, as a user gives it.
         asks: what a cut's call asks for: at most how many tokens, how many samples, whether exactly as many.
+        reused_tokens: of the prompt tokens, those whose keys and values were found instead of computed.
+        part: the number of the partition that the rows are of.
     """
 
     rows: int = 0
@@ -90,6 +92,8 @@ class Increment:
     span: str = ""
     priority: int = 0
     asks: tuple[int, int, bool] | None = None
+    reused_tokens: int = 0
+    part: int = 0
 
     @property
     def label(self) -> str:
@@ -161,16 +165,21 @@ class Reporter:
 
     Args:
         task: the Dask task, None outside a worker.
-        job, asks: as `Increment` has them.
+        job, asks, part: as `Increment` has them.
     """
 
     def __init__(
-        self, task: WorkerTask | None, job: str = "", asks: tuple[int, int, bool] | None = None
+        self,
+        task: WorkerTask | None,
+        job: str = "",
+        part: int = 0,
+        asks: tuple[int, int, bool] | None = None,
     ) -> None:
         self._task = task
         self._from: dict[str, Any] = {
             "worker": "",
             "job": job,
+            "part": part,
             "task": f"{os.getpid()}-{id(self)}",
             "asks": asks,
         }
@@ -196,6 +205,7 @@ class Reporter:
             prompt_tokens=progress.prompt_tokens,
             output_tokens=progress.output_tokens,
             errors=progress.errors,
+            reused_tokens=progress.reused_tokens,
             kinds=dict(progress.kinds),
         )
 

@@ -131,17 +131,19 @@ def slices_for(partitions: int) -> int:
     return max(1, min(most, 1 << max(1, MOST_SLICES // max(1, partitions)).bit_length() - 1))
 
 
-def answer_table(table: pd.DataFrame, call: Call, job: str = "") -> pd.DataFrame:
+def answer_table(table: pd.DataFrame, call: Call, job: str = "", part: int = 0) -> pd.DataFrame:
     """``table`` with the answers to its rows, in one go.
 
     Args:
-        job: as for `cut_table`.
+        job, part: as for `cut_table`.
     """
-    answers = [answer_slice([part], 0, call, job) for part in cut_table(table, call, job, most=1)]
+    answers = [answer_slice([rows], 0, call, job, part) for rows in cut_table(table, call, job, part, most=1)]
     return merge_table(table, call, *answers)
 
 
-def cut_table(table: pd.DataFrame, call: Call, job: str = "", most: int = SLICES) -> list[pd.DataFrame]:
+def cut_table(
+    table: pd.DataFrame, call: Call, job: str = "", part: int = 0, most: int = SLICES
+) -> list[pd.DataFrame]:
     """The rows of a partition in up to ``most`` slices of about the same cost: 1, 2, 4, … of them.
 
     A slice has the columns that the call needs, and the rows' numbers in the partition as its index. Where
@@ -149,6 +151,7 @@ def cut_table(table: pd.DataFrame, call: Call, job: str = "", most: int = SLICES
 
     Args:
         job: whose rows they are, for those who follow.
+        part: the partition's number, for them too.
         most: a power of two.
     """
     if not len(table):
@@ -161,7 +164,7 @@ def cut_table(table: pd.DataFrame, call: Call, job: str = "", most: int = SLICES
     params = call.params
     fixed = params.ignore_eos and not params.stop
     asks = (params.max_tokens, params.n, fixed) if call.generates else None
-    report = Reporter(current_task(), job, asks)
+    report = Reporter(current_task(), job, part, asks)
     report.add(cut_rows=len(rows), cut_tokens=told)
     report.send()
     if current_worker() is None or most == 1:
@@ -204,19 +207,19 @@ def _slice_names(name: str) -> tuple[str, ...]:
 
 
 def answer_slice(
-    slices: Sequence[pd.DataFrame], number: int, call: Call, job: str = ""
+    slices: Sequence[pd.DataFrame], number: int, call: Call, job: str = "", part: int = 0
 ) -> pd.DataFrame | None:
     """The answers to one slice of a partition, as the call's columns; None where the cut made fewer.
 
     The index is the slice's.
 
     Args:
-        job: as for `cut_table`.
+        job, part: as for `cut_table`.
     """
     if number >= len(slices):
         return None
     rows = slices[number]
-    answers = answer_rows(cells(rows, call.labels), call, places_of(rows), job)
+    answers = answer_rows(cells(rows, call.labels), call, places_of(rows), job, part)
     return pd.DataFrame(columns_of(answers, call), index=rows.index)
 
 

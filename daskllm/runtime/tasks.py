@@ -47,7 +47,7 @@ def plain(answer: Any, call: Call) -> Any:
 
 
 def answer_rows(
-    rows: Sequence[Sequence[Any]], call: Call, places: Sequence[Place], job: str = ""
+    rows: Sequence[Sequence[Any]], call: Call, places: Sequence[Place], job: str = "", part: int = 0
 ) -> Sequence[Any]:
     """For each row its `Score`, its `Embedding`, or the list of its samples, in order.
 
@@ -55,6 +55,7 @@ def answer_rows(
         rows: for each row the cells of ``call.labels``.
         places: for each row where its draws start, if ``call.by_place``.
         job: whose rows they are, for those who follow.
+        part: the number of the partition that they are of, likewise.
 
     Raises:
         InterruptedError: the Dask task that waits for the rows was cancelled, or its run given up.
@@ -62,7 +63,7 @@ def answer_rows(
     """
     if not rows:
         return ()
-    with watched(call, len(rows), job) as run:
+    with watched(call, len(rows), job, part) as run:
         prompts = call.prompts(rows, run.session.tokenizer)
         estimate = int(prompt_estimates(rows, call).sum())
         run.report.add(begun_rows=len(rows), begun_estimate=estimate)
@@ -107,11 +108,11 @@ class Run:
 
 
 @contextmanager
-def watched(call: Call, rows: int, job: str = "") -> Iterator[Run]:
+def watched(call: Call, rows: int, job: str = "", part: int = 0) -> Iterator[Run]:
     """This process's session, with the callbacks that tie so many rows to the task that waits for them."""
     given_up = abandonment(call)
     task = current_task()
-    report = Reporter(task, job)
+    report = Reporter(task, job, part)
 
     def cancelled() -> bool:
         if task is None:

@@ -3,8 +3,8 @@
     python tests/benchmarks/eta.py [--rows 12000] [--workers 2] [--order given|short|long]
 
 The bundled model answers its own kind of questions, whose answers end by themselves. With ``--order`` the
-partitions' prompts get longer or shorter as the job goes on, the worst for whoever counts rows; "by rows" is
-what counting rows says at the same moments.
+table is sorted by its prompts' length, short or long ones first, the worst for who counts rows; Dask takes a
+table's partitions from its end, more or less. "By rows" is what counting them says at the same moments.
 """
 
 from __future__ import annotations

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
 
 from daskllm.jobs.eta import Eta, State
 from daskllm.jobs.lengths import Trend
+from daskllm.jobs.partitions import Partitions
 from daskllm.runtime.progress import Increment
 from daskllm.types import SamplingParams
 
@@ -148,8 +149,56 @@ def test_a_trend_goes_on_for_so_far_and_no_farther() -> None:
     assert trend.factor(25) == pytest.approx(1)
 
 
+def test_prompts_have_a_part_that_all_have_and_one_that_grows_with_their_rows() -> None:
+    trend = Trend()
+    assert trend.found(7) == 7
+    trend.add(1, 10, 30)
+    assert trend.found(20) == pytest.approx(60)
+    for size in (10, 20, 30, 40):
+        trend.add(5, 5 * size, 5 * (20 + size))
+    assert trend.found(400) == pytest.approx(420)
+    assert trend.found(0) == pytest.approx(20)
+
+
+@pytest.mark.parametrize("read", [range(5), range(15, 20), [0, 1, 8, 18, 19]])
+def test_partitions_that_nobody_has_read_are_like_their_neighbours(read: Sequence[int]) -> None:
+    partitions = Partitions(range(20))
+    for part in read:
+        partitions.take(Increment(job="j", part=part, cut_rows=10, cut_tokens=10 * (5 + 5 * part)))
+    mean = 5 + 5 * np.mean(read)
+    truth = 5 + 5 * np.mean([part for part in range(20) if part not in read])
+    assert abs(partitions.size - truth) < 0.9 * abs(mean - truth)
+
+
+def test_neighbours_that_are_not_alike_tell_nothing_of_each_other() -> None:
+    draw, found = np.random.default_rng(0), []
+    for _ in range(200):
+        partitions = Partitions(range(100))
+        for part in range(10):
+            tokens = int(draw.integers(500, 1500))
+            partitions.take(Increment(job="j", part=part, cut_rows=10, cut_tokens=tokens))
+        found.append(partitions.size)
+    assert 95 < np.mean(found) < 105
+    assert np.std(found) < 14  # of the nearest alone 29, of the mean of all 9
+
+
+def test_what_is_found_goes_by_neighbours_and_by_size() -> None:
+    partitions = Partitions(range(40))
+    for part in [*range(6), *range(30, 40)]:
+        first = part < 20
+        tokens = {
+            "cut_tokens": 100 if first else 300,
+            "prompt_tokens": 100,
+            "reused_tokens": 0 if first else 80,
+        }
+        partitions.take(Increment(job="j", part=part, cut_rows=10, rows=10, **tokens))
+    # From 6 to 29 prompts grow from 10 to 30 tokens, and what has to be computed falls from all to a fifth.
+    assert partitions.size == pytest.approx(20, rel=0.1)
+    assert partitions.computed == pytest.approx(0.53, abs=0.03)
+
+
 def test_rows_are_told_from_partitions() -> None:
-    eta = Eta(PARAMS, partitions=4)
+    eta = Eta(PARAMS, parts=range(4))
     assert eta.state(0.0) == State()
     eta.take(Increment(cut_rows=100, cut_tokens=1000, task="cut"), 1.0)
     assert eta.state(2.0).total_rows == 400
@@ -157,6 +206,18 @@ def test_rows_are_told_from_partitions() -> None:
     for _ in range(3):
         eta.take(Increment(cut_rows=60, cut_tokens=600, task="cut"), 2.0)
     assert eta.state(2.0).total_rows == 280
+
+
+def test_tokens_that_were_found_take_no_time_and_as_many_will_be_found() -> None:
+    eta = Eta(SamplingParams(max_tokens=10, ignore_eos=True), rows=400)
+    eta.take(Increment(cut_rows=400, cut_tokens=40_000, task="cut"), 0.0)
+    for second in range(1, 21):
+        found = 900 if second % 2 else 0
+        told = {"rows": 10, "prompt_tokens": 1000, "reused_tokens": found, "output_tokens": 100}
+        begun = {"begun_rows": 10, "begun_tokens": 1000, "begun_estimate": 1000}
+        eta.take(Increment(**told, **begun, costs=(0.001, 0.0, 0.0), worker="w", task=f"t{second}"), second)
+    # 200 rows took 110 tokens where nothing was found after each one of 1,000.
+    assert eta.state(20.0).eta == pytest.approx(20.0, rel=0.1)
 
 
 def test_remembered_rows_take_no_time() -> None:
