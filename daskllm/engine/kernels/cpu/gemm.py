@@ -15,7 +15,6 @@ to 32 rows, the same at 512.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,6 +30,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from daskllm.engine.kernels.cpu import amx
+from daskllm.engine.kernels.cpu.regions import room
 from daskllm.engine.kernels.cpu.simd import (
     LANES,
     VECTOR,
@@ -70,7 +70,6 @@ COLUMNS = _VECTORS * LANES
 ROWS = amx.ROWS if amx.AVAILABLE else VECTOR_ROWS
 """Rows of any tile at most."""
 
-_ALIGN = 64
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _VI, _VH = ir.VectorType(_I32, LANES), ir.VectorType(_I16, LANES)
 _PAIRS = ir.VectorType(BFloat(), 2 * LANES)
@@ -318,7 +317,7 @@ def pack(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None)
     inputs, outputs = weights[0].shape[1], [len(w) for w in weights]
     per_word = 4 // weights[0].itemsize
     counts, words = [-(-n // COLUMNS) for n in outputs], -(-inputs // per_word)
-    panels = _aligned((sum(counts), words, COLUMNS, per_word), weights[0].dtype)
+    panels = room((sum(counts), words, COLUMNS, per_word), weights[0].dtype)
     slots = panels.view(torch.int32)[..., 0]  # a word at a time: half of the time
     bias, places = torch.zeros(sum(counts) * COLUMNS), []
     first = place = 0
@@ -337,14 +336,6 @@ def pack(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None)
         places += [(place + COLUMNS * j, min(COLUMNS, outputs[i] - COLUMNS * j)) for j in range(count)]
         first, place = first + count, place + outputs[i]
     return Packed(panels, bias, torch.tensor(places), inputs, place)
-
-
-def _aligned(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """An empty tensor that begins at a multiple of `_ALIGN` bytes, so that no load spans two cache lines."""
-    size, most = math.prod(shape), _ALIGN // dtype.itemsize
-    room = torch.empty(size + most, dtype=dtype)
-    skip = -room.data_ptr() % _ALIGN // dtype.itemsize
-    return room[skip : skip + size].view(*shape)
 
 
 def linear_kernel(given: torch.dtype, made: torch.dtype) -> Kernel:

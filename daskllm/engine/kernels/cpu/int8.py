@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from daskllm.engine.kernels.cpu import amx
+from daskllm.engine.kernels.cpu.regions import room
 from daskllm.engine.kernels.cpu.simd import (
     LANES,
     array,
@@ -78,7 +79,8 @@ class PackedInt8:
             whole[at : at + len(q), :size] = q.view(torch.uint8) ^ 128
             scales[at : at + len(q)] = scale
             at += len(q)
-        packed = whole.view(channels // LANES, LANES, inputs // 4, 4).transpose(1, 2).contiguous()
+        packed = room((channels // LANES, inputs // 4, LANES, 4), torch.uint8)
+        packed.copy_(whole.view(channels // LANES, LANES, inputs // 4, 4).transpose(1, 2))
         bias = None
         if biases is not None:
             bias = torch.zeros(channels)

@@ -1,0 +1,58 @@
+"""Where packed weights lie: side by side, aligned, and gone with the last of them."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from daskllm.engine.kernels.cpu import regions
+
+
+@pytest.fixture(autouse=True)
+def _afresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regions, "_region", None)
+
+
+def test_weights_lie_side_by_side_and_do_not_overlap() -> None:
+    shapes = [(3, 5), (1,), (7, 16, 2), (64,)]
+    laid = [regions.room(shape, torch.bfloat16) for shape in shapes]
+    for i, one in enumerate(laid):
+        assert one.shape == shapes[i]
+        assert one.data_ptr() % 64 == 0
+        assert not one.any()
+        one.fill_(i + 1)
+    for i, one in enumerate(laid):
+        assert (one == i + 1).all()
+    assert laid[-1].data_ptr() - laid[0].data_ptr() == 64 + 64 + 448
+
+
+def test_what_does_not_fit_begins_a_region_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regions, "_REGION", 4096)
+    small, large = regions.room((1024,), torch.uint8), regions.room((3 << 20,), torch.uint8)
+    large.fill_(1)
+    assert not small.any()
+    assert large.data_ptr() % 64 == 0
+
+
+def test_a_region_goes_with_the_last_that_lies_in_it() -> None:
+    first, second = regions.room((8,), torch.float32), regions.room((8,), torch.float32)
+    assert regions._region is not None
+    region: weakref.ref[object] = regions._region
+    del first
+    gc.collect()
+    assert region() is not None
+    view = second[2:]
+    del second
+    gc.collect()
+    assert region() is not None
+    del view
+    gc.collect()
+    assert region() is None
+    assert regions.room((8,), torch.float32).numel() == 8
+
+
+def test_nothing_needs_no_room() -> None:
+    assert regions.room((0, 4), torch.bfloat16).shape == (0, 4)
