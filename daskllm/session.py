@@ -68,7 +68,7 @@ class Session:
             asked = None if spec.kv_memory is None else kv_room(model, layers, spec.kv_memory)
             with ThreadPoolExecutor(1, "daskllm-opening") as beside:
                 tokenizer = beside.submit(Tokenizer.from_directory, model.checkpoint.path)
-                model.load()
+                model.load(layers)
             blocks = asked or kv_room(model, layers, None)
             runner = open_runner(model, layers, blocks)
             return cls.over(spec, model, runner, blocks, tokenizer=tokenizer.result())

@@ -28,6 +28,7 @@ def load_layers(
     version: int = 0,
     device: str,
     dtype: str,
+    without: Collection[str] = (),
     store: BlockStore = STORE,
 ) -> None:
     """Put some of a model's layers into a store, all of them or none.
@@ -41,6 +42,7 @@ def load_layers(
         model, version: what the blocks are kept under.
         device: "cpu" or "cuda".
         dtype: the blocks' type, "float32", "bfloat16" or "float16".
+        without: names of blocks of these layers that are not wanted.
 
     Raises:
         ModelError: a tensor is missing or has another shape or type than the config calls for; the message
@@ -58,10 +60,11 @@ def load_layers(
     if "head" in wanted:
         _check_tied(checkpoint, config, found)
     made = _held_twin(config, found, model, version, store, device, dtype)
-    checkpoint.fetch({s.name for layer in wanted for s in found[layer].values() if s not in made})
+    blocks = {layer: {n: s for n, s in found[layer].items() if n not in without} for layer in wanted}
+    checkpoint.fetch({s.name for layer in wanted for s in blocks[layer].values() if s not in made})
     ready: dict[BlockKey, array.Block] = {}
     for layer in wanted:
-        for name, block in _layer(checkpoint, found[layer], made, device, dtype).items():
+        for name, block in _layer(checkpoint, blocks[layer], made, device, dtype).items():
             ready[BlockKey(model, version, layer, name)] = block
     store.put_all(ready)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -191,18 +192,24 @@ class ResidentModel:
         """`kv_dtype` as torch has it."""
         return torch.int8 if self.kv_dtype == "int8" else array.DTYPES[self.kv_dtype]
 
-    def load(self) -> None:
-        """All layers, and the operations that its steps run, ready to run.
+    def load(self, layers: Sequence[str]) -> None:
+        """Some layers, or all, and the operations that their steps run, ready to run.
 
-        Raises, leaves: as `layer`.
+        Args:
+            layers: their names, in the order in which a token passes them.
+
+        Raises:
+            ModelError: a tensor is missing, cut short or of another shape. Nothing of the model stays.
         """
         # Weights are copied outside of the interpreter, which the operations keep busy meanwhile.
         with ThreadPoolExecutor(1, "daskllm-kernels") as beside:
             quantized = self.quantize is not None
-            kernels = beside.submit(self.kernels.load, self.torch_dtype, quantized, self.kv_torch_dtype)
+            kernels = beside.submit(
+                self.kernels.load, self.torch_dtype, quantized, self.kv_torch_dtype, self.config
+            )
             # The head first: while it is copied, what may be the largest matrix is in memory twice, and an
             # embedding that is tied to it then needs no memory of its own.
-            for name in reversed(layer_names(self.config)):
+            for name in reversed(layers):
                 self.layer(name)
         kernels.result()
 
@@ -228,7 +235,7 @@ class ResidentModel:
         return tuple(name for name in layer_names(self.config) if name in self._layers)
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes of the weights of each layer that is held; a tied head's count where it is."""
+        """Bytes of the weights of each layer that is held; rows that a tied head gives count there."""
         return {name: self._sizes[name] for name in self.held}
 
     def close(self) -> None:
@@ -246,7 +253,7 @@ class ResidentModel:
                 self._load(layer)
             return array.to_torch(STORE.get(key), self.dtype)
 
-    def _load(self, name: str) -> None:
+    def _load(self, name: str, without: Collection[str] = ()) -> None:
         load_layers(
             self.checkpoint,
             self.config,
@@ -255,10 +262,13 @@ class ResidentModel:
             version=self.version,
             device=self.device,
             dtype=self.dtype,
+            without=without,
         )
 
     def _prepare(self, name: str) -> Layer:
-        self._load(name)
+        # A table that is read in the head would be converted, where that is needed, for nobody.
+        tied = name == "embed" and self._tied() is not None
+        self._load(name, ("tokens.weight",) if tied else ())
         self._copied = []
         # Packing lets blocks go; what it makes of them is of their size, unless `_linear` says otherwise.
         self._sizes[name] = STORE.nbytes(self._model, name)
@@ -269,7 +279,8 @@ class ResidentModel:
 
     def _assemble(self, name: str) -> Layer:
         if name == "embed":
-            return Embedding(self._tokens(), self._optional(name, "positions.weight"))
+            tokens = self._tied() or self._block(name, "tokens.weight")
+            return Embedding(tokens, self._optional(name, "positions.weight"))
         if name == "head":
             return Head(self._norm(name, "norm"), self._linear(name, "lm_head"))
         q_norm, k_norm = (self._optional(name, f"{part}_norm.weight") for part in "qk")
@@ -284,14 +295,13 @@ class ResidentModel:
             window=self.config.windows[int(name.split(".")[1])],
         )
 
-    def _tokens(self) -> torch.Tensor | _Rows:
-        """Token rows: a tied head's where it has been packed by now, and keeps them."""
+    def _tied(self) -> _Rows | None:
+        """A tied head's rows where it has been packed by now, and keeps them."""
         head = self._layers.get("head")
         if self.config.tied and isinstance(head, Head) and hasattr(head.lm_head, "rows"):
-            self._copied.append("tokens.weight")
             tied: _Rows = head.lm_head
             return tied
-        return self._block("embed", "tokens.weight")
+        return None
 
     def _block(self, layer: str, name: str) -> torch.Tensor:
         return array.to_torch(STORE.get(BlockKey(self._model, self.version, layer, name)), self.dtype)

@@ -311,8 +311,7 @@ class StageHost:
     async def _load(self, part: _Part) -> tuple[int, str]:
         def load() -> tuple[int, str]:
             model = part.model = model_for(part.spec)
-            for name in part.layers:
-                model.layer(name)
+            model.load(part.layers)
             return kv_room(model, part.layers, part.spec.kv_memory, len(part.spec.stages)), model.dtype
 
         return await asyncio.to_thread(load)

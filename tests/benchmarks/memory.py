@@ -63,11 +63,14 @@ def child(model: str, work: str, kv_memory: int, group: str) -> None:
     import torch
 
     from daskllm.bench import read_work
+    from daskllm.checkpoint import open_checkpoint
     from daskllm.engine.kernels import cpu
     from daskllm.engine.kvcache import bytes_per_block
     from daskllm.llm import load
+    from daskllm.models import describe
 
-    cpu.load(torch.bfloat16, False, torch.bfloat16)  # code, not a copy of weights
+    described = describe(open_checkpoint(model).config)
+    cpu.load(torch.bfloat16, False, torch.bfloat16, described)  # code, not a copy of weights
     rows = read_work(work)
     base, own = status("VmRSS"), status("RssAnon")
     llm = load(model, kv_memory=kv_memory, answers=None)
@@ -80,8 +83,6 @@ def child(model: str, work: str, kv_memory: int, group: str) -> None:
         config.num_layers, config.num_kv_heads, config.head_dim, cache.keys[0].element_size()
     )
     sizes = session.model.nbytes()
-    if config.tied:  # one tensor in two layers
-        sizes["head"] = 0
     print(
         json.dumps(
             {

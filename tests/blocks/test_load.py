@@ -98,6 +98,11 @@ def test_layers_and_versions_are_kept_apart(llama: Path) -> None:
     assert {(key.version, key.layer) for key in store.keys("m")} == {(0, "layers.1")}
 
 
+def test_blocks_that_are_not_wanted_stay_in_the_file(gpt2: Path) -> None:
+    store, *_ = _load(gpt2, ["embed"], without=["tokens.weight"])
+    assert [key.name for key in store.keys("m")] == ["positions.weight"]
+
+
 @pytest.mark.parametrize("order", [[["embed", "head"]], [["embed"], ["head"]], [["head"], ["embed"]]])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_tied_head_is_the_embeddings_array(gpt2: Path, order: list[list[str]], dtype: str) -> None:

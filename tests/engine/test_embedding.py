@@ -70,5 +70,9 @@ def test_a_tied_table_is_read_in_the_head_where_that_is_there(tmp_path: Path, na
     assert tied.tokens is head.lm_head
     batch = Batch.of([Chunk([3, 7, 260, 7], 1, [0])])
     assert torch.equal(tied.rows(batch), alone.rows(batch))
+    # Nothing is read, and where that is needed converted, that the head has already.
+    assert other.nbytes()["embed"] == (0 if tied.positions is None else tied.positions.nbytes)
+    table = other.block("embed", "tokens.weight")
+    assert torch.equal(table, model.block("embed", "tokens.weight"))
     for one in (model, other):
         one.close()

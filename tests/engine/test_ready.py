@@ -12,45 +12,63 @@ import pytest
 
 import daskllm
 from daskllm import demo
+from daskllm.engine.batch import Batch, Chunk
+from daskllm.engine.kernels.cpu.team import Kernel
+from daskllm.engine.layers import ResidentModel
+from daskllm.engine.stage import open_runner
+from daskllm.models import layer_names
+from daskllm.types import ModelSpec
 from tests import tiny
 
 CODE = """
-import json, sys
+import contextlib, json, sys
+from distributed import Client, LocalCluster
 from daskllm.engine.kernels.cpu.team import Kernel
 
 taken, load = {}, Kernel.load
 
 def noted(kernel):
     compiled = load(kernel)
-    taken[kernel._function.__name__] = compiled.cache_hits
+    function = kernel._function
+    taken[function.__module__.rpartition(".")[2] + "." + function.__name__] = compiled.cache_hits
     return compiled
 
 Kernel.load = noted
 import daskllm
 from daskllm import demo
 
-llm = daskllm.load(demo.model_path(), answers=None, **json.loads(sys.argv[1]))
-opened = dict(taken)
-llm.generate([[5, 6, 7]], max_tokens=3, ignore_eos=True)
+given = json.loads(sys.argv[1])
+with contextlib.ExitStack() as closing:
+    if "stages" in given:
+        workers = dict(n_workers=2, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0")
+        given["client"] = closing.enter_context(Client(closing.enter_context(LocalCluster(**workers))))
+    llm = daskllm.load(demo.model_path(), answers=None, **given)
+    opened = dict(taken)
+    llm.generate([[5, 6, 7]], max_tokens=3, ignore_eos=True)
+    llm.close()
 print(json.dumps([opened, taken]))
 """
+
+WIDE = {"stack._stack_f32", "rows._norm_f32", "gemm._linear_f32"}
 
 
 @pytest.mark.parametrize(
     ("given", "needed"),
     [
-        ({"dtype": "float32"}, {"_stack_f32", "_norm_f32", "_linear_f32"}),
-        (
+        pytest.param({"dtype": "float32"}, WIDE, id="float32"),
+        pytest.param({"dtype": "float32", "stages": 2}, WIDE, id="stages", marks=pytest.mark.cluster),
+        pytest.param(
             {"dtype": "float32", "quantize": "int8", "kv_dtype": "int8"},
-            {"_stack_f32", "_norm_f32", "_linear_f32", "_quantise_f32"},
+            {"stack_int8_kv8._stack_f32", "rows._norm_f32", "int8._linear_f32", "int8._quantise_f32"},
+            id="int8",
         ),
     ],
-    ids=["float32", "int8"],
 )
 def test_a_second_process_compiles_nothing_and_loads_what_it_runs(
     given: dict[str, Any], needed: set[str]
 ) -> None:
-    daskllm.load(demo.model_path(), answers=None, **given).close()  # where nothing has compiled them yet
+    whole = {name: value for name, value in given.items() if name != "stages"}
+    daskllm.load(demo.model_path(), answers=None, **whole).close()  # where nothing has compiled them yet
     done = subprocess.run(
         [sys.executable, "-c", CODE, json.dumps(given)],
         capture_output=True,
@@ -62,6 +80,31 @@ def test_a_second_process_compiles_nothing_and_loads_what_it_runs(
     opened, taken = json.loads(done.stdout)
     assert set(opened) == needed
     assert taken == dict.fromkeys(needed, 1)  # each from the cache, and none of them in the midst of a step
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_an_odd_width_has_its_operations_before_its_first_step(
+    kv_dtype: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny.CONFIGS["llama-gqa"] | {"intermediate_size": 71}
+    monkeypatch.setitem(tiny.CONFIGS, "odd-width", config)
+    path = tiny.make_model("odd-width", tmp_path / "model", dtype="bfloat16")
+    taken: set[Kernel] = set()
+    load = Kernel.load
+
+    def noted(kernel: Kernel) -> Any:
+        taken.add(kernel)
+        return load(kernel)
+
+    monkeypatch.setattr(Kernel, "load", noted)
+    model = ResidentModel.open(ModelSpec(path=str(path), device="cpu", kv_dtype=kv_dtype))
+    names = layer_names(model.config)
+    model.load(names)
+    opened = set(taken)
+    runner = open_runner(model, names, 1)
+    runner.logits(runner.run(Batch.of([Chunk([5, 6, 7], 0, range(1), range(2, 3))])))
+    assert taken == opened
+    model.close()
 
 
 PEAK = """

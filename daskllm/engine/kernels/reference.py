@@ -75,7 +75,7 @@ class PackedInt8:
         return self.weight.nbytes + self.scales.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
 
-def load(dtype: torch.dtype, quantized: bool, kv_dtype: torch.dtype) -> None:
+def load(dtype: torch.dtype, quantized: bool, kv_dtype: torch.dtype, config: Any) -> None:
     """Nothing to compile."""
 
 

@@ -21,9 +21,9 @@ import torch
 
 from daskllm.engine.kernels.composed import Composed
 from daskllm.engine.kernels.cpu.amx import DENIED
-from daskllm.engine.kernels.cpu.cached import attention, rope_store
+from daskllm.engine.kernels.cpu.cached import attention, cache_kernels, rope_store
 from daskllm.engine.kernels.cpu.gemm import Packed, linear, linear_kernel, pack
-from daskllm.engine.kernels.cpu.rows import activate, add_norm, norm_kernel
+from daskllm.engine.kernels.cpu.rows import activate, activate_kernel, add_norm, norm_kernel
 from daskllm.engine.kernels.cpu.stack import Stack
 
 __all__ = [
@@ -52,16 +52,19 @@ def pack_int8(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | 
     return PackedInt8.of(weights, biases)
 
 
-def load(dtype: torch.dtype, quantized: bool, kv_dtype: torch.dtype) -> None:
+def load(dtype: torch.dtype, quantized: bool, kv_dtype: torch.dtype, config: Any) -> None:
     """Have what a model's steps run ready: compiled where this machine has not done it before."""
-    stack = _stack_of(not quantized, kv_dtype == torch.int8)
-    needed = [stack.kernel(dtype), norm_kernel(dtype)]
+    needed = [norm_kernel(dtype)]
     if quantized:
         from daskllm.engine.kernels.cpu.int8 import product_kernels
 
         needed += product_kernels(dtype, torch.float32)
     else:
         needed.append(linear_kernel(dtype, torch.float32))
+    if not quantized and _is_odd(dtype, config):
+        needed += [linear_kernel(dtype, dtype), activate_kernel(dtype), *cache_kernels(dtype, kv_dtype)]
+    else:
+        needed.append(_stack_of(not quantized, kv_dtype == torch.int8).kernel(dtype))
     for kernel in needed:
         kernel.load()
 
@@ -70,15 +73,18 @@ def stack(
     layers: Sequence[Any], keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], config: Any
 ) -> Stack | Composed:
     """Decoder layers ready to run together."""
-    qkv, widths = (
-        layers[0].qkv,
-        (config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size),
-    )
+    qkv = layers[0].qkv
     wide = isinstance(qkv, Packed)
-    if wide and qkv.panels.dtype == torch.bfloat16 and any(width % 2 for width in widths):
-        # A product reads inputs two by two, and only `linear` makes room for the last one's neighbour.
+    if wide and _is_odd(qkv.panels.dtype, config):
         return Composed(sys.modules[__name__], layers, keys, values, config)
     return _stack_of(wide, keys[0].dtype == torch.int8)(layers, keys, values, config)
+
+
+def _is_odd(dtype: torch.dtype, config: Any) -> bool:
+    """Whether layers with wide weights go one operation at a time: a product of bfloat16 reads inputs two by
+    two, and only `linear` makes room for the last one's neighbour."""
+    widths = config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size
+    return dtype == torch.bfloat16 and any(width % 2 for width in widths)
 
 
 def _stack_of(wide: bool, narrow_cache: bool) -> type[Stack]:

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import torch
 
 from daskllm.engine.batch import Batch
 from daskllm.engine.kernels.cpu.attention import attention_bf16, attention_f32
 from daskllm.engine.kernels.cpu.rope import rope_bf16, rope_f32
-from daskllm.engine.kernels.cpu.team import address, float_bits, run
+from daskllm.engine.kernels.cpu.team import Kernel, address, float_bits, run
 from daskllm.engine.kernels.int8 import SCALE_BYTES
 
-__all__ = ["attention", "rope_store"]
-
-_WIDE = SimpleNamespace(
-    rope_f32=rope_f32, rope_bf16=rope_bf16, attention_f32=attention_f32, attention_bf16=attention_bf16
-)
+__all__ = ["attention", "cache_kernels", "rope_store"]
 
 
-def _kernels(keys: torch.Tensor) -> tuple[Any, int]:
-    """What is compiled for a cache of this type, and the bytes of scales that it has for each token."""
-    if keys.dtype != torch.int8:
-        return _WIDE, 0
+def cache_kernels(dtype: torch.dtype, kv_dtype: torch.dtype) -> tuple[Kernel, Kernel]:
+    """What `rope_store` and `attention` run, for rows of one type and a cache of another."""
+    single = dtype == torch.float32
+    if kv_dtype != torch.int8:
+        return (rope_f32, attention_f32) if single else (rope_bf16, attention_bf16)
     from daskllm.engine.kernels.cpu import cache_int8  # its kernels are not loaded where it is not used
 
-    return cache_int8, SCALE_BYTES
+    if single:
+        return cache_int8.rope_f32, cache_int8.attention_f32
+    return cache_int8.rope_bf16, cache_int8.attention_bf16
+
+
+def _scale_bytes(keys: torch.Tensor) -> int:
+    """Bytes of scales that a cache has for each token."""
+    return SCALE_BYTES if keys.dtype == torch.int8 else 0
 
 
 def rope_store(
@@ -39,7 +40,7 @@ def rope_store(
     eps: float,
 ) -> torch.Tensor:
     """Norm and turn q and k, write k and v to their slots; returns q ``[rows, heads * head_dim]``."""
-    kernels, scales = _kernels(keys)
+    scales = _scale_bytes(keys)
     blocks, kv_heads, size, _ = keys.shape
     size -= scales
     if size % (4 // keys.itemsize):
@@ -50,8 +51,9 @@ def rope_store(
     q = torch.empty((qkv.shape[0], heads * size), dtype=qkv.dtype)
     cos, sin = angles or (None, None)
     q_norm, k_norm = norms or (None, None)
+    rope, _ = cache_kernels(qkv.dtype, keys.dtype)
     run(
-        kernels.rope_f32 if qkv.dtype == torch.float32 else kernels.rope_bf16,
+        rope,
         qkv.shape[0],
         qkv.data_ptr(),
         q.data_ptr(),
@@ -79,12 +81,13 @@ def attention(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, window: int | None, scale: float
 ) -> torch.Tensor:
     """Causal attention of every query row over its own sequence's blocks; shape and dtype of ``q``."""
-    kernels, scales = _kernels(keys)
+    scales = _scale_bytes(keys)
     blocks, kv_heads, size, _ = keys.shape
     size -= scales
     out = torch.empty_like(q)
+    _, attend = cache_kernels(q.dtype, keys.dtype)
     run(
-        kernels.attention_f32 if q.dtype == torch.float32 else kernels.attention_bf16,
+        attend,
         batch.tiles.shape[0] * kv_heads,
         q.data_ptr(),
         keys.data_ptr(),

@@ -329,7 +329,6 @@ def pack(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None)
         bits = weight.view(torch.int32)
         into[:whole] = bits[: whole * COLUMNS].view(whole, COLUMNS, words).transpose(1, 2)
         if rest:
-            into[whole] = 0
             into[whole, :, :rest] = bits[whole * COLUMNS :].T
         if biases is not None:
             bias[first * COLUMNS :][: outputs[i]] = biases[i]

@@ -4,6 +4,9 @@ Every decode step reads all of them. Over pages of 4 KiB a core looks up a page 
 what it fetches ahead ends with the page; over pages of 2 MiB neither shows. A page of that size needs as much
 memory in one piece, which most matrices do not fill alone. Where the kernel has no such pages, regions are
 memory like any other (https://docs.kernel.org/admin-guide/mm/transhuge.html).
+
+Models share the region that is being filled: of one that is closed, up to 64 MiB stay until what lies beside
+them has gone too.
 """
 
 from __future__ import annotations
@@ -55,8 +58,6 @@ def room(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 
 
 def _map(size: int) -> mmap.mmap:
-    if not hasattr(mmap, "MAP_ANONYMOUS"):  # Windows
-        return mmap.mmap(-1, size)
     region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel that was built without

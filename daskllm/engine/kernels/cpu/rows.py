@@ -28,7 +28,16 @@ from daskllm.engine.kernels.cpu.simd import (
 )
 from daskllm.engine.kernels.cpu.team import Kernel, address, float_bits, neighbours, run, take
 
-__all__ = ["ACTIVATIONS", "activate", "activate_row", "add_norm", "norm_kernel", "norm_row", "sum_of_squares"]
+__all__ = [
+    "ACTIVATIONS",
+    "activate",
+    "activate_kernel",
+    "activate_row",
+    "add_norm",
+    "norm_kernel",
+    "norm_row",
+    "sum_of_squares",
+]
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 
@@ -230,10 +239,15 @@ def _activate_bf16(pointer):  # type: ignore[no-untyped-def]
     _activate_loop(pointer, np.uint16)
 
 
+def activate_kernel(dtype: torch.dtype) -> Kernel:
+    """What `activate` runs."""
+    return _activate_f32 if dtype == torch.float32 else _activate_bf16
+
+
 def activate(x: torch.Tensor, kind: str, gated: bool) -> torch.Tensor:
     """act(gate) * up from ``[rows, 2 * size]``, or act(x) from ``[rows, size]``."""
     size = x.shape[1] // 2 if gated else x.shape[1]
     out = torch.empty((x.shape[0], size), dtype=x.dtype)
-    kernel = _activate_f32 if x.dtype == torch.float32 else _activate_bf16
+    kernel = activate_kernel(x.dtype)
     run(kernel, x.shape[0], x.data_ptr(), out.data_ptr(), size, ACTIVATIONS[kind], int(gated))
     return out
