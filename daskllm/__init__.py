@@ -70,7 +70,9 @@ def __getattr__(name: str) -> Any:
     if name in _LATE:
         with uncollected():
             module = importlib.import_module(_LATE[name])
-        return getattr(module, name)
+        # Found here from now on: later uses neither look for it again nor hold up the collector.
+        found = globals()[name] = getattr(module, name)
+        return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -124,6 +124,19 @@ def uncollected() -> Iterator[None]:
                 gc.enable()
 
 
+def _collect_in_child() -> None:
+    """A forked child has none of the threads that were in such blocks, and must not wait for them."""
+    global _collector, _uncollected
+    _collector = threading.Lock()
+    if _uncollected and _collects:
+        gc.enable()
+    _uncollected = 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_collect_in_child)
+
+
 def keep_freed_memory() -> None:
     """Let the C library reuse what a step frees for the next, instead of giving it back in between.
 

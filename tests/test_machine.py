@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,3 +110,18 @@ def test_what_somebody_has_frozen_stays_frozen() -> None:
         assert gc.get_freeze_count() > 0
     finally:
         gc.unfreeze()
+
+
+def test_a_child_that_is_forked_in_the_block_collects() -> None:
+    script = """
+import gc, os
+from daskllm import machine
+with machine.uncollected():
+    child = os.fork()
+    if not child:
+        os._exit(not gc.isenabled())
+    _, status = os.waitpid(child, 0)
+print(os.waitstatus_to_exitcode(status))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0"
