@@ -19,7 +19,7 @@ from daskllm.results import Embedding, Score
 from daskllm.text.watch import TextWatcher
 from daskllm.types import Completion, SamplingParams
 
-__all__ = ["Reporter", "Row", "embedding_of", "score_of"]
+__all__ = ["Follower", "Row", "embedding_of", "score_of"]
 
 
 @dataclass(slots=True)
@@ -44,7 +44,7 @@ class Row:
         return [] if self.ticket is None else [s for s in self.ticket.samples if s is not None]
 
 
-class Reporter:
+class Follower:
     """Counts rows as they come to an end and reports the difference, and hands them out."""
 
     def __init__(
@@ -59,6 +59,7 @@ class Reporter:
         self._caller = next((row.ticket.request.caller for row in rows if row.ticket is not None), None)
 
     def report(self) -> None:
+        """Report and hand out the rows that have ended since the last time."""
         if self._progress is None and self._finished is None:
             return
         over = [numbered for numbered in self._open if numbered[1].over]
@@ -90,6 +91,7 @@ class Reporter:
 
 
 def score_of(row: Row) -> Score:
+    """The score of a row that has ended; NaN with its error where it failed."""
     sample, error = _outcome(row)
     if sample is None or sample.scores is None:
         return Score(float("nan"), (), len(row.ids), error)
@@ -97,6 +99,7 @@ def score_of(row: Row) -> Score:
 
 
 def embedding_of(row: Row, hidden: int, normalize: bool) -> Embedding:
+    """The embedding of a row that has ended, ``[hidden]``; NaN with its error where it failed."""
     sample, error = _outcome(row)
     if sample is None or sample.pooled is None:
         return Embedding.failed(error or "the row was not run", hidden, len(row.ids))

@@ -26,7 +26,7 @@ from daskllm.engine.stage import MAX_STEP_TOKENS, Flight, kv_room, open_runner
 from daskllm.metrics import EngineMetrics, Progress
 from daskllm.models import end_tokens, layer_names
 from daskllm.results import Embedding, Score
-from daskllm.rows import Reporter, Row, embedding_of, score_of
+from daskllm.rows import Follower, Row, embedding_of, score_of
 from daskllm.text.encode import Encoded, Encoder
 from daskllm.text.tokenizer import Tokenizer
 from daskllm.text.watch import TextWatcher
@@ -302,16 +302,16 @@ class Session:
         finished: Callable[[Sequence[tuple[int, Row]]], None] | None = None,
     ) -> None:
         tickets = [row.ticket for row in rows if row.ticket is not None]
-        reporter = Reporter(rows, self.engine, progress, finished)
+        follower = Follower(rows, self.engine, progress, finished)
         watched = progress is not None or cancelled is not None or finished is not None
         try:
             while len(self.engine.wait(tickets, _POLL_SECONDS if watched else None)) < len(tickets):
-                reporter.report()
+                follower.report()
                 if cancelled is not None and cancelled():
                     raise InterruptedError("the rows were cancelled")
-            reporter.report()
+            follower.report()
         except BaseException:
-            reporter.report()
+            follower.report()
             raise
         finally:  # an interrupt or a cancelled task must not leave its rows decoding
             self.engine.abort(tickets)

@@ -7,7 +7,7 @@ too. Time is given to it. It refuses to know how messages come and how figures a
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,6 +30,7 @@ _FORGET_SECONDS = 60.0
 """One that has been silent so long does not need to know its tasks any more."""
 
 JobStatus = Literal["running", "waiting", "done"]
+Parts = Callable[[], Collection[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +135,11 @@ class Job:
     _again: set[int] = field(default_factory=set)
     _over: bool = False
 
-    def take(self, new: Increment, partitions: int | None, now: float) -> None:
+    def take(self, new: Increment, parts: Parts, now: float) -> None:
         """One event of its tasks.
 
         Args:
-            partitions: of its table, where that is known.
+            parts: gives the numbers of its table's partitions, as far as they are known; asked once.
         """
         if new.cut_rows and (self._over or (self._answered(now) and not (self.running or self.waiting))):
             self.counts, self._etas, self._ran, self._again = Counter(), {}, set(), set()
@@ -146,7 +147,7 @@ class Job:
         self.seen, self.priority = now, new.priority
         eta = self._etas.get(new.job)
         if eta is None:
-            eta = self._etas[new.job] = Eta(_params(new), None, range(partitions or 0))
+            eta = self._etas[new.job] = Eta(_params(new), None, parts())
         eta.take(new, now)
         counted = Counter({name: getattr(new, name) for name in _COUNTED if getattr(new, name)})
         counted.update({f"error:{kind}": rows for kind, rows in new.kinds})
@@ -247,8 +248,8 @@ class Board:
                 self.losses += 1
                 self.lost.append((time, view.name))
 
-    def take(self, new: Increment, partitions: int | None, now: float) -> None:
-        """What a task told; ``partitions`` as for `Job.take`."""
+    def take(self, new: Increment, parts: Parts, now: float) -> None:
+        """What a task told; ``parts`` as for `Job.take`."""
         label = new.label
         job = self.jobs.get(label)
         if job is None:
@@ -256,7 +257,7 @@ class Board:
             while len(self.jobs) > _JOBS:
                 idle = (name for name, one in self.jobs.items() if one.status(now) == "done")
                 del self.jobs[next(idle, next(iter(self.jobs)))]
-        job.take(new, partitions, now)
+        job.take(new, parts, now)
 
     def queue(self, tasks: Mapping[str, tuple[int, int]], now: float) -> None:
         """The tasks of jobs by their labels, (running, waiting)."""

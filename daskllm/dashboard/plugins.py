@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
+from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
 from distributed import SchedulerPlugin, WorkerPlugin
@@ -97,7 +98,7 @@ class BoardPlugin(SchedulerPlugin):
         """Anything that anybody tells; called for each event of each topic."""
         if topic == TOPIC:
             new = Increment(**msg)
-            self.board.take(new, self._partitions(new), time.time())
+            self.board.take(new, partial(self._parts, new), time.time())
         elif topic == "stealing" and msg[0] == "confirm" and _kind(key_split_group(msg[1])):
             self.board.steals += 1
 
@@ -112,12 +113,13 @@ class BoardPlugin(SchedulerPlugin):
         self.board.queue(self._tasks(), now)
         self.board.sample(now)
 
-    def _partitions(self, new: Increment) -> int | None:
-        """Of the table that a cut is of: there is one cut for each."""
+    def _parts(self, new: Increment) -> set[int]:
+        """The numbers of a cut's table's partitions; of a job that goes on, of those that are left."""
         if not new.cut_rows:
-            return None
-        group = self._scheduler.task_groups.get(key_split_group(new.task))
-        return None if group is None else len(group)
+            return set()
+        cuts = key_split_group(new.task)
+        keys = (key for key in self._scheduler.tasks if isinstance(key, tuple) and len(key) == 2)
+        return {int(key[1]) for key in keys if key[0] == cuts}
 
     def _tasks(self) -> dict[str, tuple[int, int]]:
         """Label -> tasks of rows that run, and that wait."""

@@ -298,13 +298,14 @@ class _ClusterJob(_Job):
         return cls(name, record, client)
 
     def status(self) -> Status:
-        if self._future is None or self._future.status in ("cancelled", "lost"):
+        if self._future is None or self._future.status == "cancelled":
             self._future = None  # Dask warns of a future of ours whose task it does not know any more
             return "cancelled"
         if self._future.status == "finished":
             return "finished"
         if self._future.status == "error":
             return "cancelled" if isinstance(self._future.exception(), InterruptedError) else "failed"
+        # "lost" too: its summary went with a worker, and Dask runs it again.
         return "queued" if _told(self.name, self._client).get(timeout="10s") is None else "running"
 
     def progress(self) -> State:

@@ -2,17 +2,18 @@
 
 Rows differ in cost, and what is done first is no fair sample of them. So work is counted in an engine's
 seconds: prompt tokens and output tokens, weighted by what the steps of this run took. Prompt tokens whose
-keys and values were found took nothing. What is done counts the rows under
-way; what is left counts prompts as far as they are known (exactly where rows have begun, by their size where
-a partition was cut, else by `Partitions`, which also tells what will be found), and answers by `Lengths` and,
-as far as they go with prompts, by `Trend`. The speed is that of the last three quarters of the time, and of
-some seconds at least. Nothing here is a constant of some machine or model.
+keys and values were found took nothing. What is done counts the rows under way; what is left counts prompts
+as far as they are known (exactly where rows have begun, by their size where a partition was cut, else by
+`Partitions`, which also tells what will be found), and answers by `Lengths` and, as far as they go with
+prompts, by `Trend`. The speed is that of the last three quarters of the time, and of some seconds at least.
+Nothing here is a constant of some machine or model.
 
 It refuses to know where the events come from and how they are shown.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter, deque
@@ -37,6 +38,8 @@ _LEAST_SECONDS = 5.0
 """Of the time, count in any case: rows end slice by slice, and a machine's speed changes."""
 _SILENCE_SECONDS = 15.0
 """A task with rows under way tells of them a few times a second: one that is silent so long is gone."""
+_AHEAD_SECONDS = 1.0
+"""For so long stands what was told of partitions that are to come: that goes over all of them."""
 
 
 @dataclass(frozen=True)
@@ -141,9 +144,11 @@ class Eta:
         self._prompts, self._answers = Trend(), Trend()
         self._tasks: dict[str, _Task] = {}
         self._costs: dict[str, tuple[float, float, float]] = {}
-        self._looks: deque[tuple[float, float, int]] = deque()
+        self._worked = (0, 0)
+        self._ahead = (-math.inf, 0.0, 1.0)
+        self._looks: deque[tuple[float, int, int]] = deque()
         self._first: float | None = None
-        self._warm: tuple[float, float, int] | None = None
+        self._warm: tuple[float, int, int] | None = None
 
     def take(self, new: Increment, now: float | None = None) -> None:
         """Take one event.
@@ -240,15 +245,18 @@ class Eta:
             self._sum["output_tokens"] + sum(made for _, made in under_way),
         )
 
-    def _work(self) -> tuple[float, int]:
-        """Tokens of prompts that were computed, and tokens generated."""
-        _, read, made = self._done()
-        ended = self._sum["prompt_tokens"]
-        return read * (1 - self._sum["reused_tokens"] / ended if ended else 1.0), made
+    def _work(self) -> tuple[int, int]:
+        """Tokens of prompts that were computed, and tokens generated; never less than before.
 
-    def _window(self, now: float) -> tuple[float, float, int]:
+        What was found of a prompt is told when its row ends, and what a lost task had under way is gone.
+        """
+        _, read, made = self._done()
+        self._worked = max(self._worked[0], read - self._sum["reused_tokens"]), max(self._worked[1], made)
+        return self._worked
+
+    def _window(self, now: float) -> tuple[float, int, int]:
         """When the time began that the speed is told from, and the work that had been done by then."""
-        found = self._warm or (self._first or 0.0, 0.0, 0)
+        found = self._warm or (self._first or 0.0, 0, 0)
         first = found[0]
         begin = first + min(_FORGOTTEN * (now - first), max(0.0, now - first - _LEAST_SECONDS))
         for look in self._looks:
@@ -266,13 +274,16 @@ class Eta:
 
     def _left(self, now: float) -> tuple[float | None, float | None]:
         """The share that is done, and the seconds that are left."""
-        to_read, to_make, longest = self._to_do()
+        if now - self._ahead[0] >= _AHEAD_SECONDS:
+            self._ahead = now, self._parts.size, self._parts.computed
+        _, size, computed = self._ahead
+        to_read, to_make, longest = self._to_do(size)
         if to_make is None:
             return None, None
         reading, making = self._weights()
         since, first_read, first_made = self._window(now)
         read, made = self._work()
-        left = reading * self._parts.computed * to_read + making * to_make
+        left = reading * computed * to_read + making * to_make
         done = reading * read + making * made
         latest = reading * (read - first_read) + making * (made - first_made)
         if latest <= 0 or now <= since:
@@ -283,8 +294,12 @@ class Eta:
             eta = max(eta, longest * min(costs[2] for costs in self._costs.values()))
         return done / (done + left), eta
 
-    def _to_do(self) -> tuple[float, float | None, float]:
-        """Tokens to be read, tokens to be generated (None: nobody knows yet), and of those one row's most."""
+    def _to_do(self, size: float) -> tuple[float, float | None, float]:
+        """Tokens to be read, tokens to be generated (None: nobody knows yet), and of those one row's most.
+
+        Args:
+            size: estimated tokens of a prompt of a partition that was not cut.
+        """
         total, known = self._total_rows() or 0, self._sum
         samples, mean, lengths, most = 0, 0.0, None, 0.0
         if self._params is not None:
@@ -307,7 +322,7 @@ class Eta:
         unread = max(0.0, asked * known["begun_tokens"] - read)
         cut = max(0, known["cut_rows"] - begun)
         uncut = max(0, total - max(known["cut_rows"], begun))
-        estimate = uncut * self._parts.size + max(0, known["cut_tokens"] - known["begun_estimate"])
+        estimate = uncut * size + max(0, known["cut_tokens"] - known["begun_estimate"])
         prompts = (cut + uncut) * self._prompts.found(estimate / (cut + uncut)) if cut + uncut else 0.0
         to_read, rows = unread + asked * prompts, waiting + asked * (cut + uncut)
         if rows:

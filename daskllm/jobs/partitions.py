@@ -6,8 +6,7 @@ So what is not read goes by what lies next to it, as far as neighbours are more 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection
 
 import numpy as np
 import numpy.typing as npt
@@ -16,34 +15,18 @@ from daskllm.runtime.progress import Increment
 
 __all__ = ["Partitions", "along"]
 
-_NEWS = 1 / 64
-"""So much more must be known before all is told anew: a table may have 100,000 partitions."""
-
-
-@dataclass(slots=True)
-class _Part:
-    """Of one partition its rows and the estimate of their prompts; what was answered and read of them."""
-
-    rows: int = 0
-    estimate: int = 0
-    answered: int = 0
-    read: int = 0
-    reused: int = 0
-
-    @property
-    def done(self) -> bool:
-        return 0 < self.rows <= self.answered
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 
 class Partitions:
     """Takes a table's increments, and tells of its partitions that are not done.
 
+    To take one costs the same however many partitions there are; `size` and `computed` go over all of them
+    when they are asked for after news.
+
     Args:
         numbers: of all partitions; none where nobody knows.
-
-    Attributes:
-        size: estimated tokens of a prompt where nothing was read yet, on average.
-        computed: what part of the prompts' tokens that are still to come has to be computed.
 
     Example:
         >>> partitions = Partitions(range(10))
@@ -54,59 +37,80 @@ class Partitions:
     """
 
     def __init__(self, numbers: Collection[int] = ()) -> None:
-        self._numbers = frozenset(numbers)
-        self._jobs: dict[str, dict[int, _Part]] = {}
-        self._news = self._told = 0
-        self.size, self.computed = 0.0, 1.0
+        self._numbers: Ints = np.array(sorted(numbers), np.int64)
+        # Of each partition its rows and the estimate of their prompts; what was answered, read and reused.
+        self._jobs: dict[str, Ints] = {}
+        self._news = False
+        self._told = 0.0, 1.0
 
     def take(self, new: Increment) -> None:
         """Take one event."""
-        part = self._jobs.setdefault(new.job, {}).setdefault(new.part, _Part())
-        part.rows += new.cut_rows
-        part.estimate += new.cut_tokens
-        part.answered += new.rows
-        part.read += new.prompt_tokens
-        part.reused += new.reused_tokens
-        self._news += new.cut_rows + new.rows
-        if self._news > self._told * (1 + _NEWS):
-            self._told = self._news
-            self._tell()
+        figures = self._figures(new.job, new.part)
+        if new.cut_rows:  # set, not added: a cut that was lost runs again
+            figures[:2, new.part] = new.cut_rows, new.cut_tokens
+        figures[2:, new.part] += (new.rows, new.prompt_tokens, new.reused_tokens)
+        self._news = True
 
-    def _tell(self) -> None:
-        every = [part for job in self._jobs.values() for part in job.values()]
-        rows, read = sum(part.rows for part in every), sum(part.read for part in every)
-        mean = sum(part.estimate for part in every) / max(1, rows)
-        share = sum(part.reused for part in every) / max(1, read)
+    @property
+    def size(self) -> float:
+        """Estimated tokens of a prompt where nothing was read yet, on average."""
+        return self._tell()[0]
+
+    @property
+    def computed(self) -> float:
+        """What part of the prompts' tokens that are still to come has to be computed."""
+        return self._tell()[1]
+
+    def _figures(self, job: str, part: int) -> Ints:
+        """Of a job int64 ``[5, numbers]``, with room for that partition."""
+        figures = self._jobs.get(job)
+        if figures is None:
+            room = max(part, int(self._numbers[-1]) if len(self._numbers) else 0) + 1
+            figures = self._jobs[job] = np.zeros((5, room), np.int64)
+        elif part >= figures.shape[1]:
+            figures = self._jobs[job] = np.pad(figures, ((0, 0), (0, 2 * part + 1 - figures.shape[1])))
+        return figures
+
+    def _tell(self) -> tuple[float, float]:
+        if not self._news:
+            return self._told
+        self._news = False
+        total = sum((figures.sum(axis=1) for figures in self._jobs.values()), np.zeros(5, np.int64))
+        mean, share = float(total[1] / max(1, total[0])), float(total[4] / max(1, total[3]))
         unread, left, again = [], 0.0, 0.0
-        for job in self._jobs.values():
-            sizes = {number: part.estimate / part.rows for number, part in job.items() if part.rows}
-            done = {number: part for number, part in job.items() if part.done}
-            reused = {number: part.reused / part.read for number, part in done.items() if part.read}
-            to_come = list(self._numbers.difference(done))
-            size = along(sizes, to_come, mean)
-            unread += [one for number, one in zip(to_come, size.tolist(), strict=True) if number not in sizes]
+        for figures in self._jobs.values():
+            rows, estimate, answered, read, reused = figures
+            done = (rows > 0) & (rows <= answered)
+            cut, computed = np.flatnonzero(rows), np.flatnonzero(done & (read > 0))
+            to_come = self._numbers[~done[self._numbers]]
+            size = along(cut, estimate[cut] / rows[cut], to_come, mean)
+            unread.append(size[rows[to_come] == 0])
             left += float(size.sum())
-            again += float(size @ along(reused, to_come, share))
-        self.size = float(np.mean(unread)) if unread else mean
-        self.computed = 1 - (again / left if left else share)
+            again += float(size @ along(computed, reused[computed] / read[computed], to_come, share))
+        sizes = np.concatenate(unread)
+        self._told = float(sizes.mean()) if len(sizes) else mean, 1 - (again / left if left else share)
+        return self._told
 
 
-def along(known: Mapping[int, float], wanted: Sequence[int], mean: float) -> npt.NDArray[np.float64]:
+def along(at: Ints, known: Floats, wanted: Ints, mean: float) -> Floats:
     """Some figure of partitions, from those that are known: float64 ``[wanted]``.
 
     Args:
+        at: the numbers of those that are known, ascending.
+        known: their figures, ``[at]``.
         mean: of the figure, for those that have nothing to do with their neighbours.
 
-    >>> along({0: 1.0, 1: 2.0, 2: 3.0, 3: 4.0, 4: 5.0, 6: 7.0}, [2, 5, 9], mean=3.7).round(1).tolist()
+    >>> at, known = np.array([0, 1, 2, 3, 4, 6]), np.array([1.0, 2.0, 3.0, 4.0, 5.0, 7.0])
+    >>> along(at, known, np.array([2, 5, 9]), mean=3.7).round(1).tolist()
     [3.0, 5.3, 6.0]
     """
-    if len(known) < 3 or not wanted:
-        return np.array([known.get(number, mean) for number in wanted])
-    at, figures = np.array(sorted(known.items())).T
-    spread = float(np.var(figures, ddof=1))
-    # Half the square of a step between neighbours is the spread of those that have nothing in common (von
-    # Neumann 1941); by chance it is off by a part that falls with the root of how many there are.
-    apart = float(np.mean(np.diff(figures) ** 2)) / 2 / spread if spread else 0.0
-    alike = max(0.0, 1 - apart * (1 + 2 / len(at) ** 0.5))
-    between = mean + alike * (np.interp(wanted, at, figures) - mean)
-    return np.where(np.isin(wanted, at), np.interp(wanted, at, figures), between)
+    if not len(at):
+        return np.full(len(wanted), mean)
+    near, alike = np.interp(wanted, at, known), 0.0
+    if len(at) >= 3:
+        spread = float(np.var(known, ddof=1))
+        # Half the square of a step between neighbours is the spread of those that have nothing in common (von
+        # Neumann 1941); by chance it is off by a part that falls with the root of how many there are.
+        apart = float(np.mean(np.diff(known) ** 2)) / 2 / spread if spread else 0.0
+        alike = max(0.0, 1 - apart * (1 + 2 / len(at) ** 0.5))
+    return np.where(np.isin(wanted, at), near, mean + alike * (near - mean))

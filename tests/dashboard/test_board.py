@@ -17,7 +17,8 @@ def engine(prompt: int, output: int, prefill: float, decode: float) -> EngineFig
 
 
 def told(board: Board, task: str, worker: str = "a", **fields: object) -> None:
-    board.take(Increment(worker=worker, task=task, job="chat-cut-01", **fields), 2, 0.0)  # type: ignore[arg-type]
+    new = Increment(worker=worker, task=task, job="chat-cut-01", **fields)  # type: ignore[arg-type]
+    board.take(new, lambda: range(2), 0.0)
 
 
 def left(board: Board, now: float) -> float:
@@ -112,14 +113,14 @@ def test_a_name_that_was_provisional_goes_and_no_more_jobs_are_kept_than_fit() -
     board.queue({}, 1.0)
     assert not board.jobs
     for number in range(100):
-        board.take(Increment(span=f"job {number}", rows=1), None, 0.0)
+        board.take(Increment(span=f"job {number}", rows=1), tuple, 0.0)
     assert len(board.jobs) == 32
     assert "job 99" in board.jobs
 
 
 def test_what_users_name_is_escaped() -> None:
     board = Board()
-    board.take(Increment(span="<script>", rows=1, kinds=(("<b>", 1),)), None, 0.0)
+    board.take(Increment(span="<script>", rows=1, kinds=(("<b>", 1),)), tuple, 0.0)
     board.take_worker("a", "<i>", [EngineFigures("<u>", layers="<s>")], 0.0)
     board.drop_worker("b", 0.0)
     html = "".join(write(board, 0.0) for write in (tables.tiles, tables.jobs, tables.stages, tables.troubles))
@@ -140,7 +141,7 @@ def test_more_workers_or_jobs_than_are_shown_are_said() -> None:
     assert "Time by worker (24 of 40)" in many.title.text
     assert len(many.source.data["worker"]) == len(many.y_range.factors) == 24
     for number in range(20):
-        board.take(Increment(span=f"job {number}", rows=1), None, 0.0)
+        board.take(Increment(span=f"job {number}", rows=1), tuple, 0.0)
     assert "Jobs (12 of 20)" in tables.jobs(board, 0.0)
 
 

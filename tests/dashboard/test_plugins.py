@@ -8,8 +8,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ import daskllm
 from daskllm import demo
 from daskllm.dashboard import metrics
 from daskllm.dashboard.board import Board
-from daskllm.dashboard.plugins import NAME, board_of
+from daskllm.dashboard.plugins import NAME, BoardPlugin, board_of
+from daskllm.runtime.progress import TOPIC, Increment
 from tests.dashboard.conftest import asked, got, page, rows
 from tests.jobs.test_background import until
 
@@ -130,6 +132,18 @@ def test_jobs_in_the_background_are_spans_of_their_names(
         return job and (job.counts["rows"], job.state(0.0).total_rows, job.priority)
 
     until(lambda: board_says(client, told) == (12, 12, 4))
+
+
+def test_a_job_that_goes_on_waits_for_the_partitions_that_are_left() -> None:
+    left = range(90, 100)
+    keys = ["job", ("chat-cut-02", 3), ("chat-01", 90, 0), ("sum-01", 7), *(("chat-cut-01", n) for n in left)]
+    plugin = BoardPlugin()
+    plugin._scheduler = SimpleNamespace(tasks=dict.fromkeys(keys))  # type: ignore[assignment]
+    cut = Increment(job="chat-cut-01", task="('chat-cut-01', 93)", part=93, cut_rows=5)
+    assert plugin._parts(cut) == set(left)
+    assert plugin._parts(replace(cut, cut_rows=0, rows=5)) == set()
+    plugin.log_event(TOPIC, asdict(cut))
+    assert plugin.board.jobs["chat 01"].state(0.0).total_rows == 50
 
 
 def test_lists_have_a_name_too(client: Client, llm: daskllm.LLM) -> None:

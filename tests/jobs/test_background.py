@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dask
@@ -17,6 +18,7 @@ from distributed import Client, LocalCluster
 import daskllm
 import daskllm.jobs as jobs
 from daskllm import demo
+from daskllm.jobs import background
 from daskllm.runtime.process import session_for
 from tests.fake_session import FakeLLM
 
@@ -94,6 +96,18 @@ def test_a_job_that_fails_says_why(fake: FakeLLM, tmp_path: Path) -> None:
     with pytest.raises(Exception, match="null"):
         job.result(timeout=30)
     assert job.status() == "failed"
+
+
+def test_a_job_whose_summary_was_lost_runs_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    future, told = SimpleNamespace(status="lost"), SimpleNamespace(get=lambda timeout: {"rows": 1})
+    monkeypatch.setattr(background, "_told", lambda name, client: told)
+    record = {"path": "out", "priority": 0, "future": future}
+    job = background._ClusterJob("again", record, SimpleNamespace())  # type: ignore[arg-type]
+    assert job.status() == "running"
+    future.status = "finished"
+    assert job.status() == "finished"
+    for future.status in ("cancelled", "finished"):
+        assert job.status() == "cancelled"
 
 
 @pytest.mark.cluster

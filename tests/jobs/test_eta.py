@@ -197,6 +197,37 @@ def test_what_is_found_goes_by_neighbours_and_by_size() -> None:
     assert partitions.computed == pytest.approx(0.53, abs=0.03)
 
 
+def test_a_cut_that_runs_again_takes_the_place_of_the_first() -> None:
+    partitions = Partitions(range(4))
+    for part in (0, 0, 1, 1):
+        partitions.take(Increment(job="j", part=part, cut_rows=10, cut_tokens=100))
+    for part, found in ((0, 100), (1, 100)):
+        tokens = {"prompt_tokens": 100, "reused_tokens": found if part else 0}
+        partitions.take(Increment(job="j", part=part, rows=10, **tokens))
+    partitions.take(Increment(job="j", part=2, cut_rows=10, cut_tokens=500))
+    # The first two are done; of the others one has 50 tokens a prompt, one is like all, 700 in 30.
+    assert partitions.size == pytest.approx(70 / 3)
+    assert partitions.computed == pytest.approx(0.5)
+    partitions.take(Increment(job="j", part=9, cut_rows=10, cut_tokens=100))  # one more than it knew of
+    assert partitions.size == pytest.approx(20)
+
+
+def test_work_that_is_done_is_never_undone() -> None:
+    eta = Eta(SamplingParams(max_tokens=10, ignore_eos=True), rows=20)
+    begun = {"begun_rows": 10, "begun_tokens": 1000, "begun_estimate": 1000}
+    eta.take(Increment(cut_rows=20, cut_tokens=2000, task="cut"), 0.0)
+    eta.take(Increment(**begun, task="a"), 0.0)
+    for second in range(1, 11):
+        eta.take(Increment(under_way=((100, 5),) * 10, task="a"), second)
+    before = eta.state(10.0).share
+    told = {"rows": 5, "prompt_tokens": 500, "reused_tokens": 450, "output_tokens": 50}
+    eta.take(Increment(**told, under_way=((100, 5),) * 5, task="a"), 11.0)  # most of what it read was found
+    assert eta.state(11.0).share > before > 0  # type: ignore[operator]
+    assert eta.state(11.0).eta
+    eta.take(Increment(**begun, task="b"), 40.0)  # and what the first task had under way is lost
+    assert eta.state(40.0).eta
+
+
 def test_rows_are_told_from_partitions() -> None:
     eta = Eta(PARAMS, parts=range(4))
     assert eta.state(0.0) == State()
