@@ -93,8 +93,9 @@ def test_each_run_is_kept_at_once(compare: ModuleType, tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["today.json"]
 
 
+@pytest.mark.parametrize("prefix", [0, 7])
 def test_rounds_go_in_turns_and_slow_peers_have_fewer(
-    compare: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    compare: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, prefix: int
 ) -> None:
     ran: list[list[str]] = []
 
@@ -105,15 +106,20 @@ def test_rounds_go_in_turns_and_slow_peers_have_fewer(
     monkeypatch.setattr(compare, "last_line", last_line)
     monkeypatch.setattr(compare, "make_model", lambda path, shape: path)
     monkeypatch.setattr(compare, "INPUTS", tmp_path)
-    done = list(compare.runs({"openvino": "/ov/python", "hf": "/hf/python"}, "135M", 3, 5, 2, 1))
+    done = list(compare.runs({"openvino": "/ov/python", "hf": "/hf/python"}, "135M", 3, 5, prefix, 2, 1))
     turns = [(one["round"], one["engine"]) for one in done]
     assert turns == [(0, "daskllm"), (0, "openvino"), (0, "hf"), (1, "daskllm"), (1, "openvino")]
     assert len({one["sitting"] for one in done}) == 1
-    model, work = str(tmp_path / "llama-135M"), str(tmp_path / "work-3-5.json")
+    model, work = str(tmp_path / "llama-135M"), str(tmp_path / f"work-3-5-{prefix}.json")
     assert ran[1][0] == "/ov/python"
     assert Path(ran[1][1]).read_text().startswith('"""OpenVINO')
-    assert ran[1][2:] == [model, work]
-    assert len(json.loads(Path(work).read_text())) == 3
+    # A peer that can keep what all rows begin with is told to where they do.
+    assert ran[1][2:] == [model, work, *["--prefix-caching"] * (prefix > 0)]
+    assert ran[2][2:] == [model, work]
+    rows = json.loads(Path(work).read_text())
+    assert len(rows) == 3
+    assert len({tuple(row["prompt"][:prefix]) for row in rows}) == 1
+    assert len({tuple(row["prompt"][prefix:]) for row in rows}) == 3
 
 
 def test_the_readme_has_a_place_for_the_table(table: ModuleType) -> None:
@@ -124,10 +130,10 @@ def test_the_readme_has_a_place_for_the_table(table: ModuleType) -> None:
 def test_a_worker_whose_clock_is_wrong_has_one_clock() -> None:
     code = """
 import time
+import trouble
 from distributed import metrics
 from tornado.ioloop import IOLoop
-right = time.time()
-import trouble
+right = time.time()  # behind imports, which take their time
 trouble.set_clock(-600)
 loop = IOLoop(make_current=False)
 print([round((now - right) / 10) for now in (time.time(), metrics.time(), loop.time(), time.time_ns() / 1e9)])
