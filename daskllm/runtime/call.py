@@ -97,15 +97,10 @@ class Call:
         # Where answers are kept changes none of them, so it changes no key.
         return tuple(normalize_token(getattr(self, f.name)) for f in fields(self) if f.name != "answers")
 
-    def __getstate__(self) -> tuple[Any, ...]:
-        # The process that it goes to may not have heard of an update: a child of Dask's, another client.
-        return present(self.spec), *(getattr(self, one.name) for one in fields(self))
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        now, *values = state
-        for one, value in zip(fields(self), values, strict=True):
-            object.__setattr__(self, one.name, value)
-        learn(self.spec, now)
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The process that it goes to may not have heard of an update: a child of Dask's, another client. (No
+        # __getstate__: early releases of Python 3.11 put another in its place where a class has slots.)
+        return _arrived, (present(self.spec), {one.name: getattr(self, one.name) for one in fields(self)})
 
     @property
     def generates(self) -> bool:
@@ -169,6 +164,12 @@ class Call:
         for question, answer in self.examples:
             shown += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         return [*start, *shown, *messages[int(own_system) :]]
+
+
+def _arrived(now: ModelSpec, given: dict[str, Any]) -> Call:
+    call = Call(**given)
+    learn(call.spec, now)
+    return call
 
 
 def _is_list(cell: Any) -> bool:
