@@ -9,10 +9,10 @@ import torch
 
 from daskllm.engine import kernels
 from daskllm.engine.kernels import cpu, reference
-from daskllm.engine.kernels.cpu import amx, gemm
+from daskllm.engine.kernels.cpu import registers
 from daskllm.engine.kernels.cpu.gemm import linear, pack
 
-needs_amx = pytest.mark.skipif(not amx.AVAILABLE or amx.DENIED, reason="this machine has no AMX")
+needs_amx = pytest.mark.skipif(not registers.AMX or registers.DENIED, reason="this machine has no AMX")
 
 
 @needs_amx
@@ -58,16 +58,18 @@ def test_products_need_no_matrix_registers(monkeypatch: pytest.MonkeyPatch) -> N
     import numba
     import numpy as np
 
-    monkeypatch.setattr(amx, "AVAILABLE", False)
+    from daskllm.engine.kernels.cpu.code import gemm
+
+    monkeypatch.setattr(registers, "AMX", False)
 
     @numba.njit
     def product(rows, x, w, bias, words, y):  # type: ignore[no-untyped-def]
-        gemm.tile(rows, x, 0, 2 * words, w, 0, bias, 0, words, y, 0, gemm.COLUMNS, True)
+        gemm.tile(rows, x, 0, 2 * words, w, 0, bias, 0, words, y, 0, registers.COLUMNS, True)
 
-    weight = torch.randn(gemm.COLUMNS, 50).bfloat16()
-    packed = pack([weight], [torch.randn(gemm.COLUMNS)])
-    for rows in range(1, gemm.VECTOR_ROWS + 1):
-        x, y = torch.randn(rows, 50).bfloat16(), torch.empty(rows, gemm.COLUMNS)
+    weight = torch.randn(registers.COLUMNS, 50).bfloat16()
+    packed = pack([weight], [torch.randn(registers.COLUMNS)])
+    for rows in range(1, registers.VECTOR_ROWS + 1):
+        x, y = torch.randn(rows, 50).bfloat16(), torch.empty(rows, registers.COLUMNS)
         flat = x.view(torch.int16).flatten().numpy().view(np.uint16)
         panels = packed.panels.view(torch.int16).flatten().numpy().view(np.uint16)
         product(rows, flat, panels, packed.bias.numpy(), packed.words, y.view(-1).numpy())

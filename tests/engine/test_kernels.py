@@ -10,7 +10,7 @@ import torch
 
 from daskllm.engine.batch import BLOCK_SIZE, Batch, Chunk
 from daskllm.engine.kernels import cpu, padded_head_dim, reference
-from daskllm.engine.kernels.cpu.gemm import COLUMNS
+from daskllm.engine.kernels.cpu.registers import COLUMNS
 from daskllm.engine.kernels.int8 import halves
 from daskllm.engine.kvcache import KVCache
 
@@ -79,19 +79,20 @@ def test_int8_products_need_no_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
     import numba
     from numba import types
 
-    from daskllm.engine.kernels.cpu import vnni
+    from daskllm.engine.kernels.cpu import registers
+    from daskllm.engine.kernels.cpu.code import vnni
 
-    monkeypatch.setattr(vnni, "_VNNI", "no such instruction")
-    monkeypatch.setattr(vnni.amx, "AVAILABLE", False)
+    monkeypatch.setattr(registers, "VNNI", False)
+    monkeypatch.setattr(registers, "AMX", False)
 
     @numba.njit
     def tile(x, w, quads, minus, out):  # type: ignore[no-untyped-def]
         vnni.dot_tile(x, 0, w, 0, quads, minus, 0, out, True)
 
-    x = torch.randint(-127, 128, (vnni.TILE_ROWS, 8), dtype=torch.int8)
-    w = torch.randint(1, 256, (vnni.TILE_COLUMNS, 2, 16, 4), dtype=torch.uint8)
-    minus = torch.arange(vnni.TILE_ROWS, dtype=torch.int32)
-    out = torch.empty(vnni.TILE_ROWS, vnni.TILE_COLUMNS * 16, dtype=torch.int32)
+    x = torch.randint(-127, 128, (registers.INT8_ROWS, 8), dtype=torch.int8)
+    w = torch.randint(1, 256, (registers.INT8_COLUMNS, 2, 16, 4), dtype=torch.uint8)
+    minus = torch.arange(registers.INT8_ROWS, dtype=torch.int32)
+    out = torch.empty(registers.INT8_ROWS, registers.INT8_COLUMNS * 16, dtype=torch.int32)
     tile(x.flatten().numpy(), w.flatten().numpy(), 2, minus.numpy(), out.flatten().numpy())
     expected = x.double() @ w.transpose(1, 2).reshape(-1, 8).double().T - minus[:, None]
     assert torch.equal(out.double(), expected)
@@ -233,10 +234,11 @@ def test_products_of_rows_with_a_block(
 ) -> None:
     import numba
 
-    from daskllm.engine.kernels.cpu import vnni
+    from daskllm.engine.kernels.cpu import registers
+    from daskllm.engine.kernels.cpu.code import vnni
 
     if not vnni_there:
-        monkeypatch.setattr(vnni, "_VNNI", "no such instruction")
+        monkeypatch.setattr(registers, "VNNI", False)
 
     @numba.njit
     def products(rows, x, w, quads, start, out):  # type: ignore[no-untyped-def]
@@ -254,9 +256,7 @@ def test_products_of_rows_with_a_block(
         products(rows, *(one.flatten().numpy() for one in (x, w)), 3, start.numpy(), out.flatten().numpy())
         assert torch.equal(out[:rows].double(), expected[:rows])
         assert (out[rows:] == 77).all()
-    assert ("vpdpbusd" in products.inspect_asm(products.signatures[0])) == (
-        vnni_there and bool(vnni.llvm.get_host_cpu_features().get("avx512vnni"))
-    )
+    assert ("vpdpbusd" in products.inspect_asm(products.signatures[0])) == (vnni_there and registers.VNNI)
 
 
 @DTYPES

@@ -13,10 +13,7 @@ import torch
 from daskllm.engine.batch import BLOCK_SIZE, Batch, Chunk
 from daskllm.engine.kernels import cpu
 from daskllm.engine.kernels.composed import Composed
-from daskllm.engine.kernels.cpu.stack import Stack
-from daskllm.engine.kernels.cpu.stack_int8 import StackInt8
-from daskllm.engine.kernels.cpu.stack_int8_kv8 import StackInt8KV8
-from daskllm.engine.kernels.cpu.stack_kv8 import StackKV8
+from daskllm.engine.kernels.cpu.stack import Stack, StackInt8, StackInt8KV8, StackKV8
 from daskllm.engine.kernels.int8 import halves
 from daskllm.engine.kvcache import KVCache
 from daskllm.engine.layers import ResidentModel

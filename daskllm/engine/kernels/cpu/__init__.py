@@ -20,11 +20,12 @@ from typing import Any
 import torch
 
 from daskllm.engine.kernels.composed import Composed
-from daskllm.engine.kernels.cpu.amx import DENIED
 from daskllm.engine.kernels.cpu.cached import attention, cache_kernels, rope_store
 from daskllm.engine.kernels.cpu.gemm import Packed, linear, linear_kernel, pack
+from daskllm.engine.kernels.cpu.int8 import PackedInt8, product_kernels
+from daskllm.engine.kernels.cpu.registers import DENIED
 from daskllm.engine.kernels.cpu.rows import activate, activate_kernel, add_norm, norm_kernel
-from daskllm.engine.kernels.cpu.stack import Stack
+from daskllm.engine.kernels.cpu.stack import Stack, StackInt8, StackInt8KV8, StackKV8
 
 __all__ = [
     "DENIED",
@@ -47,8 +48,6 @@ PACKS = INVARIANT = True
 
 def pack_int8(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None) -> Any:
     """Quantise ``[out, in]`` weights by output channel, as one."""
-    from daskllm.engine.kernels.cpu.int8 import PackedInt8  # its kernels are not loaded where it is not used
-
     return PackedInt8.of(weights, biases)
 
 
@@ -56,8 +55,6 @@ def load(dtype: torch.dtype, quantized: bool, kv_dtype: torch.dtype, config: Any
     """Have what a model's steps run ready: compiled where this machine has not done it before."""
     needed = [norm_kernel(dtype)]
     if quantized:
-        from daskllm.engine.kernels.cpu.int8 import product_kernels
-
         needed += product_kernels(dtype, torch.float32)
     else:
         needed.append(linear_kernel(dtype, torch.float32))
@@ -88,17 +85,7 @@ def _is_odd(dtype: torch.dtype, config: Any) -> bool:
 
 
 def _stack_of(wide: bool, narrow_cache: bool) -> type[Stack]:
-    """The stack for weights that are wide or int8, and such a cache; no kernel is loaded that is not used."""
-    if wide and not narrow_cache:
-        return Stack
+    """The stack for weights that are wide or int8, and such a cache."""
     if wide:
-        from daskllm.engine.kernels.cpu.stack_kv8 import StackKV8
-
-        return StackKV8
-    if not narrow_cache:
-        from daskllm.engine.kernels.cpu.stack_int8 import StackInt8
-
-        return StackInt8
-    from daskllm.engine.kernels.cpu.stack_int8_kv8 import StackInt8KV8
-
-    return StackInt8KV8
+        return StackKV8 if narrow_cache else Stack
+    return StackInt8KV8 if narrow_cache else StackInt8

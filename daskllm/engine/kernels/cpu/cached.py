@@ -5,24 +5,25 @@ from __future__ import annotations
 import torch
 
 from daskllm.engine.batch import Batch
-from daskllm.engine.kernels.cpu.attention import attention_bf16, attention_f32
-from daskllm.engine.kernels.cpu.rope import rope_bf16, rope_f32
-from daskllm.engine.kernels.cpu.team import Kernel, address, float_bits, run
+from daskllm.engine.kernels.cpu.compiled import Kernel
+from daskllm.engine.kernels.cpu.team import address, float_bits, run
 from daskllm.engine.kernels.int8 import SCALE_BYTES
 
 __all__ = ["attention", "cache_kernels", "rope_store"]
 
 
+_WIDE, _NARROW = (
+    {
+        dtype: (Kernel(rope, f"rope_{name}"), Kernel(attention, f"attention_{name}"))
+        for dtype, name in ((torch.float32, "f32"), (torch.bfloat16, "bf16"))
+    }
+    for rope, attention in (("rope", "attention"), ("cache_int8", "cache_int8"))
+)
+
+
 def cache_kernels(dtype: torch.dtype, kv_dtype: torch.dtype) -> tuple[Kernel, Kernel]:
     """What `rope_store` and `attention` run, for rows of one type and a cache of another."""
-    single = dtype == torch.float32
-    if kv_dtype != torch.int8:
-        return (rope_f32, attention_f32) if single else (rope_bf16, attention_bf16)
-    from daskllm.engine.kernels.cpu import cache_int8  # its kernels are not loaded where it is not used
-
-    if single:
-        return cache_int8.rope_f32, cache_int8.attention_f32
-    return cache_int8.rope_bf16, cache_int8.attention_bf16
+    return (_NARROW if kv_dtype == torch.int8 else _WIDE)[dtype]
 
 
 def _scale_bytes(keys: torch.Tensor) -> int:

@@ -11,241 +11,70 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 
-from daskllm.engine.batch import BLOCK_SIZE, Batch
+from daskllm.engine.batch import Batch
 from daskllm.engine.kernels import padded_head_dim
-from daskllm.engine.kernels.cpu import amx
-from daskllm.engine.kernels.cpu.attention import attend, attention_scratch
-from daskllm.engine.kernels.cpu.gemm import COLUMNS, ROWS, product, rows_together, tile
-from daskllm.engine.kernels.cpu.rope import rope_row
-from daskllm.engine.kernels.cpu.rows import ACTIVATIONS, activate_row, norm_row
-from daskllm.engine.kernels.cpu.simd import LANES, array, as_float
-from daskllm.engine.kernels.cpu.team import (
-    LINE,
-    TEAM_SIZE,
-    YIELD,
-    Kernel,
-    address,
-    begin,
-    float_bits,
-    meet,
-    neighbours,
-    start,
-    take,
-    team_size,
-    together,
-)
-
-__all__ = ["Stack", "attention", "rope", "stack_loop"]
-
-PHASES = ("norm", "qkv", "rope", "attention", "o", "norm", "mlp", "down")
-"""What the team does in each layer, in order."""
-
-# Fields of a step's arguments. What ends in _AT is an address.
-(
-    TEAM_AT, TABLE_AT, COUNTERS_AT, CLOCK_AT, TIMES_AT, LAYERS, ROWS_, TILES, CHUNKS,
-    RESIDUAL_AT, NORMED_AT, QKV_AT, Q_AT, MIXED_AT, INNER_AT, DELTA_AT,
-    POSITIONS_AT, SLOTS_AT, TABLES_AT, TILES_AT, WIDTH, COS_AT, SIN_AT, ANGLES,
-    HIDDEN, HEADS, KV_HEADS, SIZE, PADDED, INNER, BLOCKS, EPS, SCALE, LAYER_NORM, ACTIVATION, GATED, YIELD_AT,
+from daskllm.engine.kernels.cpu.compiled import Kernel
+from daskllm.engine.kernels.cpu.fields import (
+    ACTIVATION,
+    ANGLES,
+    BLOCKS,
+    CHUNKS,
+    CLOCK_AT,
+    COS_AT,
+    COUNTERS_AT,
+    DELTA_AT,
+    EPS,
     FIELDS,
-) = range(38)  # fmt: skip
+    GATED,
+    HEADS,
+    HIDDEN,
+    INNER,
+    INT8_AT,
+    INT8_FIELDS,
+    INT8_PHASES,
+    KV_HEADS,
+    LAYER_NORM,
+    LAYERS,
+    LINE,
+    NORMED_AT,
+    PADDED,
+    PHASES,
+    POSITIONS_AT,
+    RESIDUAL_AT,
+    ROWS_,
+    SCALE,
+    SIN_AT,
+    SIZE,
+    SLOTS_AT,
+    TABLE_AT,
+    TABLES_AT,
+    TEAM_AT,
+    TILES,
+    TILES_AT,
+    TIMES_AT,
+    WIDTH,
+    YIELD_AT,
+    padded_inputs,
+)
+from daskllm.engine.kernels.cpu.int8 import PackedInt8, padded_rows
+from daskllm.engine.kernels.cpu.registers import AMX, SLACK
+from daskllm.engine.kernels.cpu.rows import ACTIVATIONS
+from daskllm.engine.kernels.cpu.team import TEAM_SIZE, YIELD, address, float_bits, start
 
-# Fields of a layer in the table. A product has four: panels, bias, places, number of panels.
-(
-    INPUT_NORM, INPUT_BIAS, QKV, QKV_1, QKV_2, QKV_3, Q_NORM, K_NORM, KEYS, VALUES, WINDOW,
-    OUT, OUT_1, OUT_2, OUT_3, POST_NORM, POST_BIAS, MLP, MLP_1, MLP_2, MLP_3, DOWN, DOWN_1, DOWN_2, DOWN_3,
-    LAYER_FIELDS,
-) = range(26)  # fmt: skip
+__all__ = ["Stack", "StackInt8", "StackInt8KV8", "StackKV8"]
 
 _ROOMS = ("normed", "qkv", "q", "mixed", "inner", "delta")
 """What lies between the operations, in the order of the arguments' fields."""
-_CHUNK = 256 if amx.AVAILABLE else 96
+_CHUNK = 256 if AMX else 96
 """Rows that a product takes at a time: few enough to stay in a core's cache while all panels pass. Matrix
 registers are so fast that weights read again for more rows cost more than rows read from the second cache."""
 
 
-@numba.njit
-def _norm(a, phase, counters, delta_at, weight_at, bias_at, dtype):  # type: ignore[no-untyped-def]
-    rows, size = a[ROWS_], a[HIDDEN]
-    residual, out = array(a[RESIDUAL_AT], rows * size, dtype), array(a[NORMED_AT], rows * size, dtype)
-    delta = array(delta_at, rows * size if delta_at else 0, dtype)
-    weight, bias = array(weight_at, size, dtype), array(bias_at, size if bias_at else 0, dtype)
-    many = neighbours(rows)
-    while True:
-        first = take(counters, phase * LINE) * many
-        if first >= rows:
-            break
-        for row in range(first, min(first + many, rows)):
-            norm_row(row, delta, residual, out, weight, bias, size, as_float(a[EPS]), a[LAYER_NORM] != 0)
-
-
-@numba.njit
-def _product(a, phase, counters, table, at, x_at, x_size, y_at, y_size, spare, dtype):  # type: ignore[no-untyped-def]
-    rows, panels = a[ROWS_], table[at + 3]
-    x, y = array(x_at, rows * x_size, dtype), array(y_at, rows * y_size, dtype)
-    words = x_size * x.itemsize // 4
-    w = array(table[at], panels * COLUMNS * x_size, dtype)
-    bias, places = (
-        array(table[at + 1], panels * COLUMNS, np.float32),
-        array(table[at + 2], 2 * panels, np.int64),
-    )
-    group = together(rows, panels)
-    groups = (panels + group - 1) // group
-    while True:
-        item = take(counters, phase * LINE)
-        if item >= groups * a[CHUNKS]:
-            break
-        first = item // groups * rows // a[CHUNKS]
-        last = (item // groups + 1) * rows // a[CHUNKS]
-        part, into = x[first * x_size : last * x_size], y[first * y_size : last * y_size]
-        begin = item % groups * group
-        for panel in range(begin, min(begin + group, panels)):
-            product(panel, last - first, part, x_size, w, bias, places, words, into, y_size, spare)
-
-
-@numba.njit
-def _mlp(a, phase, counters, table, at, spare, scratch, dtype):  # type: ignore[no-untyped-def]
-    """Gate and up, panel by panel, and their activation while they are in the cache."""
-    rows, size, panels, gated = a[ROWS_], a[HIDDEN], table[at + 3], a[GATED]
-    x, y = array(a[NORMED_AT], rows * size, dtype), array(a[INNER_AT], rows * a[INNER], dtype)
-    words = size * x.itemsize // 4
-    w = array(table[at], panels * COLUMNS * size, dtype)
-    bias, places = (
-        array(table[at + 1], panels * COLUMNS, np.float32),
-        array(table[at + 2], 2 * panels, np.int64),
-    )
-    each = panels // (1 + gated)
-    group = together(rows, each)
-    groups = (each + group - 1) // group
-    while True:
-        item = take(counters, phase * LINE)
-        if item >= groups * a[CHUNKS]:
-            break
-        first, last = item // groups * rows // a[CHUNKS], (item // groups + 1) * rows // a[CHUNKS]
-        begin = item % groups * group
-        for panel in range(begin, min(begin + group, each)):
-            row = first
-            while row < last:
-                many = rows_together(last - row, x)
-                for half in range(1 + gated):
-                    p = panel + half * each
-                    tile(many, x, row * size, size, w, p * size * COLUMNS, bias, p * COLUMNS, words,
-                         spare, half * COLUMNS, 2 * COLUMNS, row == first)  # fmt: skip
-                for r in range(many):
-                    to = (row + r) * a[INNER] + places[2 * panel]
-                    columns = places[2 * panel + 1]
-                    activate_row(
-                        spare, r * 2 * COLUMNS, gated * COLUMNS, y, to, columns, a[ACTIVATION], scratch
-                    )
-                row += many
-
-
-@numba.njit
-def rope(a, phase, counters, table, layer, scratch, dtype):  # type: ignore[no-untyped-def]
-    """The phase in which keys and values are stored."""
-    rows, heads, kv_heads, size, padded = a[ROWS_], a[HEADS], a[KV_HEADS], a[SIZE], a[PADDED]
-    qkv = array(a[QKV_AT], rows * (heads + 2 * kv_heads) * size, dtype)
-    q = array(a[Q_AT], rows * heads * size, dtype)
-    keys, values = _cache(a, table, layer, dtype)
-    positions, slots = array(a[POSITIONS_AT], rows, np.int64), array(a[SLOTS_AT], rows, np.int64)
-    angles = a[ANGLES] * (size // 2)
-    cos, sin = array(a[COS_AT], angles, np.float32), array(a[SIN_AT], angles, np.float32)
-    q_norm = array(table[layer + Q_NORM], size if table[layer + Q_NORM] else 0, dtype)
-    k_norm = array(table[layer + K_NORM], size if table[layer + K_NORM] else 0, dtype)
-    many = neighbours(rows)
-    while True:
-        first = take(counters, phase * LINE) * many
-        if first >= rows:
-            break
-        for row in range(first, min(first + many, rows)):
-            rope_row(
-                row, qkv, q, keys, values, positions, slots, cos, sin, q_norm, k_norm, as_float(a[EPS]),
-                heads, kv_heads, size, padded, scratch,
-            )  # fmt: skip
-
-
-@numba.njit
-def attention(a, phase, counters, table, layer, scratch, dtype):  # type: ignore[no-untyped-def]
-    """The phase in which rows attend."""
-    rows, heads, kv_heads, size, padded = a[ROWS_], a[HEADS], a[KV_HEADS], a[SIZE], a[PADDED]
-    q, out = array(a[Q_AT], rows * heads * size, dtype), array(a[MIXED_AT], rows * heads * size, dtype)
-    keys, values = _cache(a, table, layer, dtype)
-    # No tensor of a step is longer than its rows times its widest block table.
-    tables, tiles = array(a[TABLES_AT], rows * a[WIDTH], np.int64), array(a[TILES_AT], 4 * a[TILES], np.int64)
-    # One thread takes a tile's heads where there are tiles for all: it knows what it will read next.
-    many = kv_heads if a[TILES] >= 4 * team_size(a[TEAM_AT]) else 1
-    while True:
-        first = take(counters, phase * LINE) * many
-        if first >= a[TILES] * kv_heads:
-            break
-        for item in range(first, first + many):
-            following = item + 1 if item + 1 < first + many else -1
-            attend(
-                item, following, q, keys, values, out, tables, tiles, heads, kv_heads, size, padded,
-                a[WIDTH], table[layer + WINDOW], as_float(a[SCALE]), scratch,
-            )  # fmt: skip
-
-
-@numba.njit
-def _cache(a, table, layer, dtype):  # type: ignore[no-untyped-def]
-    tokens = a[BLOCKS] * a[KV_HEADS] * BLOCK_SIZE
-    return array(table[layer + KEYS], tokens * a[SIZE], dtype), array(
-        table[layer + VALUES], tokens * a[PADDED], dtype
-    )
-
-
-@numba.njit(inline="always")
-def stack_loop(pointer, dtype, rope, attention, attention_scratch):  # type: ignore[no-untyped-def]
-    """All layers of a step, by one thread of the team; the functions are those for the cache's type."""
-    a = numba.carray(pointer, (FIELDS,), np.int64)
-    counters = array(a[COUNTERS_AT], a[LAYERS] * len(PHASES) * LINE, np.int64)
-    clock, times = array(a[CLOCK_AT], 1, np.int64), array(a[TIMES_AT], len(PHASES), np.int64)
-    table = array(a[TABLE_AT], a[LAYERS] * LAYER_FIELDS, np.int64)
-    team = team_size(a[TEAM_AT])
-    begin(clock)
-    heads, kv_heads, size = a[HEADS], a[KV_HEADS], a[SIZE]
-    spare = np.empty(2 * ROWS * COLUMNS, dtype)
-    lanes = np.zeros(max(size, LANES), np.float32)
-    scratch = attention_scratch(heads // kv_heads, size, a[PADDED], dtype)
-    hidden, give_way = a[HIDDEN], a[YIELD_AT]
-    amx.configure()
-    for layer in range(a[LAYERS]):
-        at, phase = layer * LAYER_FIELDS, layer * len(PHASES)
-        delta = a[DELTA_AT] if layer else 0
-        _norm(a, phase, counters, delta, table[at + INPUT_NORM], table[at + INPUT_BIAS], dtype)
-        meet(counters, phase, team, give_way, clock, times, 0)
-        width = (heads + 2 * kv_heads) * size
-        _product(
-            a, phase + 1, counters, table, at + QKV, a[NORMED_AT], hidden, a[QKV_AT], width, spare, dtype
-        )
-        meet(counters, phase + 1, team, give_way, clock, times, 1)
-        rope(a, phase + 2, counters, table, at, lanes, dtype)
-        meet(counters, phase + 2, team, give_way, clock, times, 2)
-        attention(a, phase + 3, counters, table, at, scratch, dtype)
-        meet(counters, phase + 3, team, give_way, clock, times, 3)
-        x, y, width = a[MIXED_AT], a[DELTA_AT], heads * size
-        _product(a, phase + 4, counters, table, at + OUT, x, width, y, hidden, spare, dtype)
-        meet(counters, phase + 4, team, give_way, clock, times, 4)
-        _norm(a, phase + 5, counters, y, table[at + POST_NORM], table[at + POST_BIAS], dtype)
-        meet(counters, phase + 5, team, give_way, clock, times, 5)
-        _mlp(a, phase + 6, counters, table, at + MLP, spare, lanes, dtype)
-        meet(counters, phase + 6, team, give_way, clock, times, 6)
-        _product(a, phase + 7, counters, table, at + DOWN, a[INNER_AT], a[INNER], y, hidden, spare, dtype)
-        meet(counters, phase + 7, team, give_way, clock, times, 7)
-    amx.release()
-
-
-@Kernel
-def _stack_f32(pointer):  # type: ignore[no-untyped-def]
-    stack_loop(pointer, np.float32, rope, attention, attention_scratch)
-
-
-@Kernel
-def _stack_bf16(pointer):  # type: ignore[no-untyped-def]
-    stack_loop(pointer, np.uint16, rope, attention, attention_scratch)
+def _kernels(module: str) -> tuple[Kernel, Kernel]:
+    return Kernel(module, "stack_f32"), Kernel(module, "stack_bf16")
 
 
 class Stack:
@@ -259,7 +88,7 @@ class Stack:
     """
 
     phases: tuple[str, ...] = PHASES
-    kernels = (_stack_f32, _stack_bf16)
+    kernels = _kernels("stack")
 
     def __init__(
         self, layers: Sequence[Any], keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], config: Any
@@ -330,7 +159,7 @@ class Stack:
 
     def _buffers(self, rows: int) -> dict[str, torch.Tensor]:
         """What lies between the operations, for so many rows; kept, since fresh memory costs page faults."""
-        if not self._room or len(self._room["delta"]) < rows + amx.SLACK:
+        if not self._room or len(self._room["delta"]) < rows + SLACK:
             self._room = self._made(rows)
         return self._room
 
@@ -340,7 +169,7 @@ class Stack:
         qkv = heads + 2 * config.num_kv_heads * config.head_dim
         widths = (hidden, qkv, heads, heads, config.intermediate_size, hidden)
         return {
-            name: torch.empty((rows + amx.SLACK, width), dtype=self._dtype)
+            name: torch.empty((rows + SLACK, width), dtype=self._dtype)
             for name, width in zip(_ROOMS, widths, strict=True)
         }
 
@@ -364,6 +193,49 @@ class Stack:
     def _packed_fields(weight: Any) -> Sequence[int]:
         panels, bias, places = weight.panels, weight.bias, weight.places
         return panels.data_ptr(), bias.data_ptr(), places.data_ptr(), len(places)
+
+
+class StackKV8(Stack):
+    """As `Stack`, over a cache in eight bits."""
+
+    kernels = _kernels("stack_kv8")
+
+
+class StackInt8(Stack):
+    """As `Stack`, of layers whose weights are int8."""
+
+    phases = INT8_PHASES
+    kernels = _kernels("stack_int8")
+
+    def _arguments(
+        self, hidden: torch.Tensor, batch: Batch, angles: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> np.ndarray[Any, Any]:
+        room = self._buffers(hidden.shape[0])
+        a = np.zeros(INT8_FIELDS, np.int64)
+        a[:FIELDS] = super()._arguments(hidden, batch, angles)
+        a[INT8_AT:INT8_FIELDS] = [room[name].data_ptr() for name in ("int8", "scales", "minus", "wide")]
+        return a
+
+    def _made(self, rows: int) -> dict[str, torch.Tensor]:
+        config, room = self._config, padded_rows(rows)
+        widest = max(config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size)
+        return {
+            **super()._made(rows),
+            "int8": torch.empty((room, padded_inputs(widest)), dtype=torch.int8),
+            "scales": torch.empty(room),
+            "minus": torch.empty(room, dtype=torch.int32),
+            "wide": torch.empty((rows, config.intermediate_size * (1 + config.gated)), dtype=self._dtype),
+        }
+
+    @staticmethod
+    def _packed_fields(weight: PackedInt8) -> Sequence[int]:
+        return weight.weight.data_ptr(), address(weight.bias), weight.scales.data_ptr(), len(weight.weight)
+
+
+class StackInt8KV8(StackInt8):
+    """As `StackInt8`, over a cache in eight bits."""
+
+    kernels = _kernels("stack_int8_kv8")
 
 
 def _norm_fields(norm: Any) -> list[int]:

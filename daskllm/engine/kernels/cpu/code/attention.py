@@ -6,13 +6,16 @@ import numba
 import numpy as np
 
 from daskllm.engine.batch import BLOCK_SIZE, TILE
-from daskllm.engine.kernels.cpu import amx
-from daskllm.engine.kernels.cpu.gemm import COLUMNS, rows_together, tile
-from daskllm.engine.kernels.cpu.simd import (
-    LANES,
+from daskllm.engine.kernels.cpu import registers
+from daskllm.engine.kernels.cpu.code import amx
+from daskllm.engine.kernels.cpu.code.gemm import rows_together, tile
+from daskllm.engine.kernels.cpu.code.simd import (
     array,
     as_float,
+    cleared,
+    compiled,
     fetch,
+    inlined,
     store,
     vadd,
     vblend,
@@ -26,8 +29,10 @@ from daskllm.engine.kernels.cpu.simd import (
     vsplat,
     vstore,
     vsub,
+    workspace,
 )
-from daskllm.engine.kernels.cpu.team import Kernel, take
+from daskllm.engine.kernels.cpu.code.team import take
+from daskllm.engine.kernels.cpu.registers import COLUMNS, LANES, SLACK
 
 __all__ = ["MASKED", "attend", "attention_bf16", "attention_f32", "attention_scratch"]
 
@@ -36,7 +41,7 @@ MASKED = np.float32(-1e30)
 """The score of a key that a row does not see."""
 
 
-@numba.njit
+@compiled
 def _products(rows, x, width, w, base, zeros, words, out, at, stride):  # type: ignore[no-untyped-def]
     """``out[r, at :] = x[r] . w`` for one panel."""
     row = 0
@@ -46,7 +51,7 @@ def _products(rows, x, width, w, base, zeros, words, out, at, stride):  # type: 
         row += many
 
 
-@numba.njit
+@compiled
 def _softmax(scores, weights, row, first, last, scale, peaks, sums, alphas):  # type: ignore[no-untyped-def]
     """One row of scores into weights, keys first..last-1 of the block alone (Milakov & Gimelshein 2018,
     https://arxiv.org/abs/1805.02867): peaks and sums run on, alphas is what earlier blocks shrink by."""
@@ -66,7 +71,7 @@ def _softmax(scores, weights, row, first, last, scale, peaks, sums, alphas):  # 
     peaks[row] = peak
 
 
-@numba.njit
+@compiled
 def _weigh(weights, values, base, mixed, alphas, rows, keys, padded, zeros, part):  # type: ignore[no-untyped-def]
     """mixed[r] = mixed[r] * alphas[r] + sum of weights[r, t] * values[t] over the block's first keys.
 
@@ -74,7 +79,7 @@ def _weigh(weights, values, base, mixed, alphas, rows, keys, padded, zeros, part
     """
     each = 4 // values.itemsize
     words = (keys + each - 1) // each
-    if amx.AVAILABLE and each == 2:
+    if registers.AMX and each == 2:
         words = BLOCK_SIZE // 2  # as many inputs as a register takes: others would have it shaped anew
     for panel in range(padded // COLUMNS):
         start = base + panel * COLUMNS * BLOCK_SIZE
@@ -86,7 +91,7 @@ def _weigh(weights, values, base, mixed, alphas, rows, keys, padded, zeros, part
                 vstore(mixed, at, vfma(vload(mixed, at), alpha, vload(part, r * COLUMNS + i)))
 
 
-@numba.njit
+@compiled
 def _fetch_block(keys, values, block, size, padded):  # type: ignore[no-untyped-def]
     """Blocks lie anywhere, so that no CPU guesses which one is read next."""
     line = _LINE_BYTES // keys.itemsize
@@ -96,7 +101,7 @@ def _fetch_block(keys, values, block, size, padded):  # type: ignore[no-untyped-
         fetch(values, i)
 
 
-@numba.njit
+@compiled
 def _fetch_first(item, keys, values, tables, tiles, kv_heads, size, padded, width, window):  # type: ignore[no-untyped-def]
     """The first block of an item."""
     at, head = item // kv_heads * 4, item % kv_heads
@@ -105,25 +110,25 @@ def _fetch_first(item, keys, values, tables, tiles, kv_heads, size, padded, widt
     _fetch_block(keys, values, block * kv_heads + head, size, padded)
 
 
-@numba.njit
+@inlined
 def attention_scratch(group, size, padded, dtype):  # type: ignore[no-untyped-def]
     """Room for one thread's `attend`."""
     rows = TILE * group
-    read = rows + amx.SLACK
+    read = rows + SLACK
     return (
-        np.empty(read * size, dtype),  # queries
-        np.empty(rows * BLOCK_SIZE, np.float32),  # scores
-        np.empty(read * BLOCK_SIZE, dtype),  # softmax weights
-        np.empty(rows * padded, np.float32),  # sums of weighted values
-        np.empty(rows, np.float32),  # peaks
-        np.empty(rows * LANES, np.float32),  # sums of weights
-        np.empty(rows * LANES, np.float32),  # what earlier sums shrink by
-        np.empty(rows * COLUMNS, np.float32),  # one panel of a product
-        np.zeros(COLUMNS, np.float32),
+        workspace(read * size, dtype),  # queries
+        workspace(rows * BLOCK_SIZE, np.float32),  # scores
+        workspace(read * BLOCK_SIZE, dtype),  # softmax weights
+        workspace(rows * padded, np.float32),  # sums of weighted values
+        workspace(rows, np.float32),  # peaks
+        workspace(rows * LANES, np.float32),  # sums of weights
+        workspace(rows * LANES, np.float32),  # what earlier sums shrink by
+        workspace(rows * COLUMNS, np.float32),  # one panel of a product
+        cleared(COLUMNS, np.float32),
     )
 
 
-@numba.njit
+@compiled
 def attend(  # type: ignore[no-untyped-def]
     item, following, q, keys, values, out, tables, tiles, heads, kv_heads, size, padded, width, window,
     scale, scratch
@@ -170,7 +175,7 @@ def attend(  # type: ignore[no-untyped-def]
             store(out, start + i, mixed[r * padded + i] / total)
 
 
-@numba.njit(inline="always")
+@inlined
 def _attention_loop(pointer, dtype):  # type: ignore[no-untyped-def]
     a = numba.carray(pointer, (19,), np.int64)
     items, heads, kv_heads, size, padded = a[1], a[8], a[9], a[10], a[11]
@@ -181,7 +186,7 @@ def _attention_loop(pointer, dtype):  # type: ignore[no-untyped-def]
     out = array(a[5], a[15] * heads * size, dtype)
     tables = array(a[6], sequences * width, np.int64)
     tiles = array(a[7], items // kv_heads * 4, np.int64)
-    scratch = attention_scratch(heads // kv_heads, size, padded, dtype)
+    room = attention_scratch(heads // kv_heads, size, padded, dtype)
     amx.configure()
     while True:
         item = take(a, 0)
@@ -189,18 +194,16 @@ def _attention_loop(pointer, dtype):  # type: ignore[no-untyped-def]
             break
         attend(
             item, -1, q, keys, values, out, tables, tiles, heads, kv_heads, size, padded, width,
-            a[16], as_float(a[17]), scratch,
+            a[16], as_float(a[17]), room,
         )  # fmt: skip
     amx.release()
 
 
-@Kernel
 def attention_f32(pointer):  # type: ignore[no-untyped-def]
     """`attend` of all tiles, float32."""
     _attention_loop(pointer, np.float32)
 
 
-@Kernel
 def attention_bf16(pointer):  # type: ignore[no-untyped-def]
     """`attend` of all tiles, bfloat16."""
     _attention_loop(pointer, np.uint16)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import llvmlite.binding
 import numba
 import numpy as np
 from llvmlite import ir
@@ -19,14 +18,18 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
+from daskllm.engine.kernels.cpu.registers import BFLOAT16, LANES
+
 __all__ = [
-    "LANES",
     "VECTOR",
     "BFloat",
     "array",
     "as_float",
+    "cleared",
+    "compiled",
     "element_pointer",
     "fetch",
+    "inlined",
     "load",
     "round_to_bfloat16",
     "splat",
@@ -45,17 +48,22 @@ __all__ = [
     "vsplat",
     "vstore",
     "vsub",
+    "workspace",
     "write_fetch",
 ]
 
-LANES = 16
+compiled = numba.njit(error_model="numpy")
+"""For a function that kernels call. None of them raises, nor for a division by zero: nobody would hear."""
+inlined = numba.njit(error_model="numpy", inline="always")
+"""As `compiled`, within its caller."""
+
 _F32 = ir.FloatType()
 _I32 = ir.IntType(32)
+_LINE = 64
 VECTOR = ir.VectorType(_F32, LANES)
 _VI = ir.VectorType(_I32, LANES)
 _VH = ir.VectorType(ir.IntType(16), LANES)
 _VB = ir.VectorType(ir.IntType(8), LANES)
-_ROUNDS = bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16"))
 
 
 class BFloat(ir.Type):
@@ -128,7 +136,7 @@ def round_to_bfloat16(builder: Any, value: Any) -> Any:
 
     Where there is an instruction for vectors, they are rounded by it: denormal numbers become zero.
     """
-    if value.type == VECTOR and _ROUNDS:
+    if value.type == VECTOR and BFLOAT16:
         kind = ir.FunctionType(_BFLOATS, [VECTOR])
         name = "llvm.x86.avx512bf16.cvtneps2bf16.512"
         function = cgutils.get_or_insert_function(builder.module, kind, name)
@@ -381,13 +389,43 @@ def _pointer(typingctx, address):  # type: ignore[no-untyped-def]
     return types.voidptr(types.int64), codegen
 
 
-@numba.njit
+@compiled
 def as_float(bits):  # type: ignore[no-untyped-def]
     """The float32 whose bits an int64 carries among a kernel's arguments."""
     return np.int32(bits).view(np.float32)
 
 
-@numba.njit(inline="always")
+@inlined
 def array(address, size, dtype):  # type: ignore[no-untyped-def]
     """A flat array of ``size`` elements over memory that the caller keeps alive."""
     return numba.carray(_pointer(address), size, dtype)
+
+
+@intrinsic
+def _reserve(typingctx, size, dtype):  # type: ignore[no-untyped-def]
+    kind = dtype.instance_type if isinstance(dtype, types.TypeRef) else dtype.dtype
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        room = builder.alloca(context.get_data_type(kind), size=args[0])
+        room.align = _LINE
+        return builder.bitcast(room, cgutils.voidptr_t)
+
+    return types.voidptr(types.int64, dtype), codegen
+
+
+@inlined
+def workspace(size, dtype):  # type: ignore[no-untyped-def]
+    """A flat array of ``size`` elements for one thread until its kernel ends, with whatever lies there.
+
+    It is on the stack, so that a kernel can neither run out of it half-way nor forget to give it back: for
+    kernels and what is `inlined` in them, outside of loops.
+    """
+    return numba.carray(_reserve(size, dtype), size, dtype)
+
+
+@inlined
+def cleared(size, dtype):  # type: ignore[no-untyped-def]
+    """As `workspace`, of zeros."""
+    zeros = workspace(size, dtype)
+    zeros[:] = 0
+    return zeros

@@ -5,12 +5,20 @@ It owns the two phases that touch the cache; the others are those of a wider one
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
-from daskllm.engine.kernels.cpu.cache_int8 import KEY, VALUE, attend, attention_scratch, blocks_at, rope_row
-from daskllm.engine.kernels.cpu.simd import array, as_float
-from daskllm.engine.kernels.cpu.stack import (
+from daskllm.engine.kernels.cpu.code.cache_int8 import (
+    KEY,
+    VALUE,
+    attend,
+    attention_scratch,
+    blocks_at,
+    rope_row,
+)
+from daskllm.engine.kernels.cpu.code.simd import array, as_float, compiled
+from daskllm.engine.kernels.cpu.code.stack import stack_loop
+from daskllm.engine.kernels.cpu.code.team import neighbours, take
+from daskllm.engine.kernels.cpu.fields import (
     ANGLES,
     BLOCKS,
     COS_AT,
@@ -19,6 +27,7 @@ from daskllm.engine.kernels.cpu.stack import (
     K_NORM,
     KEYS,
     KV_HEADS,
+    LINE,
     MIXED_AT,
     PADDED,
     POSITIONS_AT,
@@ -36,15 +45,12 @@ from daskllm.engine.kernels.cpu.stack import (
     VALUES,
     WIDTH,
     WINDOW,
-    Stack,
-    stack_loop,
 )
-from daskllm.engine.kernels.cpu.team import LINE, Kernel, neighbours, take
 
-__all__ = ["StackKV8", "attention", "rope"]
+__all__ = ["attention", "rope", "stack_bf16", "stack_f32"]
 
 
-@numba.njit
+@compiled
 def rope(a, phase, counters, table, layer, scratch, dtype):  # type: ignore[no-untyped-def]
     """The phase in which keys and values are stored."""
     rows, heads, kv_heads, size, padded = a[ROWS_], a[HEADS], a[KV_HEADS], a[SIZE], a[PADDED]
@@ -69,7 +75,7 @@ def rope(a, phase, counters, table, layer, scratch, dtype):  # type: ignore[no-u
             )  # fmt: skip
 
 
-@numba.njit
+@compiled
 def attention(a, phase, counters, table, layer, scratch, dtype):  # type: ignore[no-untyped-def]
     """The phase in which rows attend."""
     rows, heads, kv_heads, size, padded = a[ROWS_], a[HEADS], a[KV_HEADS], a[SIZE], a[PADDED]
@@ -88,17 +94,9 @@ def attention(a, phase, counters, table, layer, scratch, dtype):  # type: ignore
         )  # fmt: skip
 
 
-@Kernel
-def _stack_f32(pointer):  # type: ignore[no-untyped-def]
+def stack_f32(pointer):  # type: ignore[no-untyped-def]
     stack_loop(pointer, np.float32, rope, attention, attention_scratch)
 
 
-@Kernel
-def _stack_bf16(pointer):  # type: ignore[no-untyped-def]
+def stack_bf16(pointer):  # type: ignore[no-untyped-def]
     stack_loop(pointer, np.uint16, rope, attention, attention_scratch)
-
-
-class StackKV8(Stack):
-    """As `Stack`, over a cache in eight bits."""
-
-    kernels = (_stack_f32, _stack_bf16)

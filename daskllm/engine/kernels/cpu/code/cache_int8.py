@@ -13,12 +13,14 @@ import numba
 import numpy as np
 
 from daskllm.engine.batch import BLOCK_SIZE, TILE
-from daskllm.engine.kernels.cpu.attention import MASKED
-from daskllm.engine.kernels.cpu.rope import turned_head
-from daskllm.engine.kernels.cpu.simd import (
-    LANES,
+from daskllm.engine.kernels.cpu.code.attention import MASKED
+from daskllm.engine.kernels.cpu.code.rope import turned_head
+from daskllm.engine.kernels.cpu.code.simd import (
     array,
     as_float,
+    cleared,
+    compiled,
+    inlined,
     load,
     store,
     vadd,
@@ -34,9 +36,11 @@ from daskllm.engine.kernels.cpu.simd import (
     vsplat,
     vstore,
     vsub,
+    workspace,
 )
-from daskllm.engine.kernels.cpu.team import Kernel, neighbours, take
-from daskllm.engine.kernels.cpu.vnni import BLOCK_ROWS, dot_rows
+from daskllm.engine.kernels.cpu.code.team import neighbours, take
+from daskllm.engine.kernels.cpu.code.vnni import BLOCK_ROWS, dot_rows
+from daskllm.engine.kernels.cpu.registers import LANES
 from daskllm.engine.kernels.int8 import SCALE_BYTES
 
 __all__ = [
@@ -63,7 +67,7 @@ _UNSIGNED = np.float32(255 * 256)
 # --- storing --------------------------------------------------------------------------------------------
 
 
-@numba.njit
+@compiled
 def _peak(x, start, size):  # type: ignore[no-untyped-def]
     peak = np.float32(0)
     for i in range(size):
@@ -71,7 +75,7 @@ def _peak(x, start, size):  # type: ignore[no-untyped-def]
     return peak
 
 
-@numba.njit
+@compiled
 def _store_key(x, keys, scales, base, offset, size):  # type: ignore[no-untyped-def]
     """A key into its block: four inputs of a token side by side."""
     peak = _peak(x, 0, size)
@@ -82,7 +86,7 @@ def _store_key(x, keys, scales, base, offset, size):  # type: ignore[no-untyped-
     scales[(base + size * BLOCK_SIZE) // SCALE_BYTES + offset] = peak / np.float32(127)
 
 
-@numba.njit
+@compiled
 def _store_value(x, start, values, scales, base, offset, size, padded):  # type: ignore[no-untyped-def]
     """A value into its block: panel by panel, four tokens of a column side by side."""
     peak = _peak(x, start, size)
@@ -94,7 +98,7 @@ def _store_value(x, start, values, scales, base, offset, size, padded):  # type:
     scales[(base + padded * BLOCK_SIZE) // SCALE_BYTES + offset] = peak / np.float32(127)
 
 
-@numba.njit
+@compiled
 def rope_row(  # type: ignore[no-untyped-def]
     item, qkv, q, keys, key_scales, values, value_scales, positions, slots, cos, sin, q_norm, k_norm, eps,
     heads, kv_heads, size, padded, scratch
@@ -119,7 +123,7 @@ def rope_row(  # type: ignore[no-untyped-def]
 # --- attending ------------------------------------------------------------------------------------------
 
 
-@numba.njit
+@compiled
 def _products(rows, x, stride, w, base, quads, start, out):  # type: ignore[no-untyped-def]
     tiles = (rows + BLOCK_ROWS - 1) // BLOCK_ROWS
     row = 0
@@ -129,7 +133,7 @@ def _products(rows, x, stride, w, base, quads, start, out):  # type: ignore[no-u
         row += many
 
 
-@numba.njit
+@compiled
 def _queries(q, at, r, size, room, scale, wide, queries, starts, factors):  # type: ignore[no-untyped-def]
     """One query as two rows of bytes; what their sums start from, since keys are 128 too high; and what a
     score of theirs is multiplied with."""
@@ -153,14 +157,14 @@ def _queries(q, at, r, size, room, scale, wide, queries, starts, factors):  # ty
     factors[r] = peak / _HIGHEST * scale
 
 
-@numba.njit
+@compiled
 def _joined(sums, row, i):  # type: ignore[no-untyped-def]
     """The sums of a row's high and low bytes as one, sixteen columns from ``i`` on."""
     at = 2 * row * _COLUMNS + i
     return vfma(vload(sums, at), vsplat(np.float32(256)), vload(sums, at + _COLUMNS))
 
 
-@numba.njit
+@compiled
 def _softmax(  # type: ignore[no-untyped-def]
     scores, weights, row, first, last, factor, key_scales, key, value_scales, value, peaks, sums, alphas,
     parts,
@@ -193,7 +197,7 @@ def _softmax(  # type: ignore[no-untyped-def]
     vstore(weights, at + BLOCK_SIZE + LANES, u1)
 
 
-@numba.njit
+@compiled
 def _weigh(weights, values, base, mixed, alphas, parts, rows, keys, padded, zeros, part):  # type: ignore[no-untyped-def]
     """mixed[r] = mixed[r] * alphas[r] + sum of weights[r, t] * values[t] over the block's first keys."""
     quads = (keys + 3) // 4
@@ -207,28 +211,28 @@ def _weigh(weights, values, base, mixed, alphas, parts, rows, keys, padded, zero
                 vstore(mixed, at, vfma(vload(mixed, at), alpha, vmul(_joined(part, r, i), scale)))
 
 
-@numba.njit
+@inlined
 def attention_scratch(group, size, padded, dtype):  # type: ignore[no-untyped-def]
     """Room for one thread's `attend`, the same for every ``dtype``."""
     rows, room = TILE * group, (size + LANES - 1) // LANES * LANES
     return (
-        np.empty(2 * rows * room, np.int8),  # queries, high and low bytes
-        np.empty(2 * rows, np.int32),  # what their sums start from
-        np.empty(rows, np.float32),  # and are multiplied with
-        np.zeros(room, np.float32),  # one query
-        np.empty(2 * rows * BLOCK_SIZE, np.int32),  # scores
-        np.empty(2 * rows * BLOCK_SIZE, np.uint8),  # softmax weights, high and low bytes
-        np.empty(rows, np.float32),  # their scales
-        np.empty(rows * padded, np.float32),  # sums of weighted values
-        np.empty(rows, np.float32),  # peaks
-        np.empty(rows * LANES, np.float32),  # sums of weights
-        np.empty(rows * LANES, np.float32),  # what earlier sums shrink by
-        np.empty(2 * rows * _COLUMNS, np.int32),  # one panel of a product
-        np.zeros(2 * rows, np.int32),
+        workspace(2 * rows * room, np.int8),  # queries, high and low bytes
+        workspace(2 * rows, np.int32),  # what their sums start from
+        workspace(rows, np.float32),  # and are multiplied with
+        cleared(room, np.float32),  # one query
+        workspace(2 * rows * BLOCK_SIZE, np.int32),  # scores
+        workspace(2 * rows * BLOCK_SIZE, np.uint8),  # softmax weights, high and low bytes
+        workspace(rows, np.float32),  # their scales
+        workspace(rows * padded, np.float32),  # sums of weighted values
+        workspace(rows, np.float32),  # peaks
+        workspace(rows * LANES, np.float32),  # sums of weights
+        workspace(rows * LANES, np.float32),  # what earlier sums shrink by
+        workspace(2 * rows * _COLUMNS, np.int32),  # one panel of a product
+        cleared(2 * rows, np.int32),
     )
 
 
-@numba.njit
+@compiled
 def attend(  # type: ignore[no-untyped-def]
     item, q, keys, key_scales, values, value_scales, out, tables, tiles, heads, kv_heads, size, padded, width,
     window, scale, scratch
@@ -273,14 +277,14 @@ def attend(  # type: ignore[no-untyped-def]
 # --- one operation at a time ----------------------------------------------------------------------------
 
 
-@numba.njit
+@compiled
 def blocks_at(pointer, blocks, kv_heads, width, dtype):  # type: ignore[no-untyped-def]
     """A layer's keys or values: as bytes, and as the float32 that the scales among them are."""
     count = blocks * kv_heads * BLOCK_SIZE * (width + SCALE_BYTES)
     return array(pointer, count, dtype), array(pointer, count // SCALE_BYTES, np.float32)
 
 
-@numba.njit(inline="always")
+@inlined
 def _rope_loop(pointer, dtype):  # type: ignore[no-untyped-def]
     a = numba.carray(pointer, (20,), np.int64)
     rows, heads, kv_heads, size, padded = a[1], a[13], a[14], a[15], a[16]
@@ -294,7 +298,7 @@ def _rope_loop(pointer, dtype):  # type: ignore[no-untyped-def]
     sin = array(a[9], a[18] * half if a[9] else 0, np.float32)
     q_norm = array(a[10], size if a[10] else 0, dtype)
     k_norm = array(a[11], size if a[11] else 0, dtype)
-    scratch = np.empty(size, np.float32)
+    scratch = workspace(size, np.float32)
     many = neighbours(rows)
     while True:
         first = take(a, 0) * many
@@ -307,19 +311,17 @@ def _rope_loop(pointer, dtype):  # type: ignore[no-untyped-def]
             )  # fmt: skip
 
 
-@Kernel
 def rope_f32(pointer):  # type: ignore[no-untyped-def]
     """`rope_row` of all rows, float32."""
     _rope_loop(pointer, np.float32)
 
 
-@Kernel
 def rope_bf16(pointer):  # type: ignore[no-untyped-def]
     """`rope_row` of all rows, bfloat16."""
     _rope_loop(pointer, np.uint16)
 
 
-@numba.njit(inline="always")
+@inlined
 def _attention_loop(pointer, dtype):  # type: ignore[no-untyped-def]
     a = numba.carray(pointer, (19,), np.int64)
     items, heads, kv_heads, size, padded = a[1], a[8], a[9], a[10], a[11]
@@ -328,24 +330,22 @@ def _attention_loop(pointer, dtype):  # type: ignore[no-untyped-def]
     values, value_scales = blocks_at(a[4], a[12], kv_heads, padded, VALUE)
     tables = array(a[6], a[13] * a[14], np.int64)
     tiles = array(a[7], items // kv_heads * 4, np.int64)
-    scratch = attention_scratch(heads // kv_heads, size, padded, dtype)
+    room = attention_scratch(heads // kv_heads, size, padded, dtype)
     while True:
         item = take(a, 0)
         if item >= items:
             break
         attend(
             item, q, keys, key_scales, values, value_scales, out, tables, tiles, heads, kv_heads, size,
-            padded, a[14], a[16], as_float(a[17]), scratch,
+            padded, a[14], a[16], as_float(a[17]), room,
         )  # fmt: skip
 
 
-@Kernel
 def attention_f32(pointer):  # type: ignore[no-untyped-def]
     """`attend` of all tiles, float32."""
     _attention_loop(pointer, np.float32)
 
 
-@Kernel
 def attention_bf16(pointer):  # type: ignore[no-untyped-def]
     """`attend` of all tiles, bfloat16."""
     _attention_loop(pointer, np.uint16)

@@ -13,40 +13,17 @@ Developer's Manual, volume 1, chapter 18.
 
 from __future__ import annotations
 
-import ctypes
-import platform
-import sys
 from typing import Any
 
-import llvmlite.binding
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from daskllm.engine.kernels.cpu.simd import LANES, VECTOR, round_to_bfloat16, splat, write_fetch
+from daskllm.engine.kernels.cpu.code.simd import VECTOR, round_to_bfloat16, splat, write_fetch
+from daskllm.engine.kernels.cpu.registers import AMX, INT8_COLUMNS, INT8_ROWS, LANES, ROWS, TILE_HEIGHT
 
-__all__ = [
-    "AVAILABLE",
-    "DENIED",
-    "INT8_ROWS",
-    "INT8_SIXTEENS",
-    "ROWS",
-    "SLACK",
-    "configure",
-    "function",
-    "int8_function",
-    "release",
-]
-
-_HEIGHT = 16
-"""Rows of a register, of 64 bytes each."""
-ROWS = 2 * _HEIGHT
-"""Rows at most that are multiplied with a panel at once: with 32 columns, four registers hold sums."""
-INT8_ROWS, INT8_SIXTEENS = _HEIGHT, 6
-"""Rows, and times sixteen channels, of a tile of integers: six registers hold sums."""
-SLACK = _HEIGHT - 1
-"""Rows that may be read behind the last one, whatever they are."""
+__all__ = ["configure", "function", "int8_function", "release"]
 
 _COLUMNS = 2 * LANES
 _LINE = 64
@@ -60,27 +37,6 @@ _VH = ir.VectorType(_I16, LANES)
 _BYTES = _I8.as_pointer()
 
 _INT8_LEFT, _INT8_RIGHT = 6, 7
-
-_ARCH_REQ_XCOMP_PERM, _XTILEDATA = 0x1023, 18  # https://docs.kernel.org/arch/x86/xstate.html
-_SYS_ARCH_PRCTL = 158
-
-
-def _present() -> bool:
-    """Whether the machine has the instructions."""
-    features = llvmlite.binding.get_host_cpu_features()
-    here = sys.platform == "linux" and platform.machine() == "x86_64"
-    return here and all(features.get(name) for name in ("amx-bf16", "amx-int8", "amx-tile", "avx512f"))
-
-
-def _granted() -> bool:
-    """Whether the kernel lets this process use the registers, which it wants to be asked for once."""
-    return ctypes.CDLL(None).syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA) == 0
-
-
-AVAILABLE = _present()
-"""Whether products of bfloat16 and of int8 are done here."""
-DENIED = AVAILABLE and not _granted()
-"""The machine has the instructions, which compiled kernels in the cache use, but they would fail here."""
 
 
 def _instruction(builder: Any, name: str, *arguments: Any) -> None:
@@ -106,14 +62,14 @@ def _shape(builder: Any, words: Any, left: tuple[int, ...] = _LEFT, right: tuple
         columns = builder.bitcast(builder.gep(start, [_I64(16 + 2 * register)]), _I16.as_pointer())
         builder.store(width if register in left else _I16(_LINE), columns)
         rows = builder.gep(start, [_I64(48 + register)])
-        builder.store(height if register in right else _I8(_HEIGHT), rows)
+        builder.store(height if register in right else _I8(TILE_HEIGHT), rows)
     _instruction(builder, "ldtilecfg", start)
 
 
 def _step(builder: Any, halves: int, x: Any, x_stride: Any, panel: Any, cold: bool = False) -> None:
     """Sums of 32 inputs, or of fewer where the registers are shaped so."""
     for half in range(halves):
-        begin = builder.add(x, builder.mul(x_stride, _I64(half * _HEIGHT)))
+        begin = builder.add(x, builder.mul(x_stride, _I64(half * TILE_HEIGHT)))
         _load(builder, _LEFT[half], begin, x_stride)
     if cold:
         for line in range(LANES * _PANEL // _LINE):
@@ -130,7 +86,7 @@ def _sums(builder: Any, halves: int, name: str, address: Any) -> None:
     """Load or store the sums, ``[16 * halves, 32]`` of float32."""
     for half in range(halves):
         for side in range(2):
-            place = _pointer(builder, address, half * _HEIGHT * _PANEL + side * _LINE)
+            place = _pointer(builder, address, half * TILE_HEIGHT * _PANEL + side * _LINE)
             _instruction(builder, name, _I8(2 * half + side), place, _I64(_PANEL))
 
 
@@ -171,7 +127,7 @@ def function(module: Any, rounded: bool) -> Any:
     builder = ir.IRBuilder(made.append_basic_block())
     rows, x, x_stride, w, bias, words, y, y_stride, cold = made.args
     room = builder.ptrtoint(builder.alloca(ir.ArrayType(ir.FloatType(), ROWS * _COLUMNS)), _I64)
-    with builder.if_else(builder.icmp_unsigned(">", rows, _I64(_HEIGHT))) as (many, few):
+    with builder.if_else(builder.icmp_unsigned(">", rows, _I64(TILE_HEIGHT))) as (many, few):
         for tall, halves in ((many, 2), (few, 1)):
             with tall, builder.if_else(cold) as (first, later):
                 for branch, fetched in ((first, True), (later, False)):
@@ -194,7 +150,7 @@ def function(module: Any, rounded: bool) -> Any:
 
 
 def int8_function(module: Any) -> Any:
-    """``(x, w, quads, minus, out, cold)``: int32 products of `INT8_ROWS` rows with ``16 * INT8_SIXTEENS``
+    """``(x, w, quads, minus, out, cold)``: int32 products of `INT8_ROWS` rows with ``16 * INT8_COLUMNS``
     channels, less ``minus`` of each row; see `vnni.dot_tile`, whose numbers these are."""
     name = "daskllm_amx_int8"
     if name in module.globals:
@@ -213,7 +169,7 @@ def int8_function(module: Any) -> Any:
     def step(done: Any, fetched: bool) -> None:
         """Sums of 64 inputs, ``done`` fours of bytes from the first."""
         _load(builder, _INT8_LEFT, builder.add(x, builder.mul(done, _I64(4))), width)
-        for i in range(INT8_SIXTEENS):
+        for i in range(INT8_COLUMNS):
             panel = builder.add(builder.add(w, builder.mul(sixteen, _I64(i))), builder.mul(done, _I64(_LINE)))
             for line in range(LANES if fetched else 0):
                 write_fetch(builder, _pointer(builder, panel, _AHEAD // 2 + line * _LINE))
@@ -221,11 +177,11 @@ def int8_function(module: Any) -> Any:
             _instruction(builder, "tdpbsud", _I8(i), _I8(_INT8_LEFT), _I8(_INT8_RIGHT))
 
     def sums(instruction: str) -> None:
-        for i in range(INT8_SIXTEENS):
+        for i in range(INT8_COLUMNS):
             place = _pointer(builder, room, i * _LINE)
-            _instruction(builder, instruction, _I8(i), place, _I64(INT8_SIXTEENS * _LINE))
+            _instruction(builder, instruction, _I8(i), place, _I64(INT8_COLUMNS * _LINE))
 
-    for i in range(INT8_SIXTEENS):
+    for i in range(INT8_COLUMNS):
         _instruction(builder, "tilezero", _I8(i))
     with builder.if_else(cold) as (first, later):
         for branch, fetched in ((first, True), (later, False)):
@@ -241,8 +197,8 @@ def int8_function(module: Any) -> Any:
     vector = ir.VectorType(ir.IntType(32), LANES)
     with cgutils.for_range(builder, _I64(INT8_ROWS)) as loop:
         less = splat(builder, builder.load(builder.gep(minus, [loop.index])))
-        line = builder.gep(out, [builder.mul(loop.index, _I64(INT8_SIXTEENS * LANES))])
-        for i in range(INT8_SIXTEENS):
+        line = builder.gep(out, [builder.mul(loop.index, _I64(INT8_COLUMNS * LANES))])
+        for i in range(INT8_COLUMNS):
             place = builder.bitcast(builder.gep(line, [_I64(i * LANES)]), vector.as_pointer())
             builder.store(builder.sub(builder.load(place, align=4), less), place, align=4)
     builder.ret_void()
@@ -254,7 +210,7 @@ def configure(typingctx):  # type: ignore[no-untyped-def]
     """Shape this thread's registers for `function` and `int8_function`; nothing where there are none."""
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        if AVAILABLE:
+        if AMX:
             _shape(builder, _I64(LANES))
         return context.get_dummy_value()
 
@@ -266,7 +222,7 @@ def release(typingctx):  # type: ignore[no-untyped-def]
     """Give this thread's registers back: the system need not save them when it changes threads."""
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        if AVAILABLE:
+        if AMX:
             _instruction(builder, "tilerelease")
         return context.get_dummy_value()
 

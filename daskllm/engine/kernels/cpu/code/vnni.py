@@ -7,25 +7,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from daskllm.engine.kernels.cpu import amx
-from daskllm.engine.kernels.cpu.simd import LANES, element_pointer, splat
+from daskllm.engine.kernels.cpu import registers
+from daskllm.engine.kernels.cpu.code import amx
+from daskllm.engine.kernels.cpu.code.simd import element_pointer, splat
+from daskllm.engine.kernels.cpu.registers import INT8_COLUMNS, INT8_ROWS, LANES
 
-__all__ = ["BLOCK_ROWS", "TILE_COLUMNS", "TILE_ROWS", "dot_rows", "dot_tile"]
-
-TILE_ROWS, TILE_COLUMNS = (amx.INT8_ROWS, amx.INT8_SIXTEENS) if amx.AVAILABLE else (4, 6)
-"""Rows, and registers of output channels. Where there are no matrix registers, 24 sums, six weights and an
-input fill the 32 vectors (8 by 3, 6 by 4, 12 by 2 were slower, by 3% at 32 rows and 40% and more at one)."""
+__all__ = ["BLOCK_ROWS", "dot_rows", "dot_tile"]
 
 BLOCK_ROWS = 12
 """Rows at most that are multiplied with a block of 32 columns at once: 24 sums."""
 
-_VNNI = "avx512vnni"
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _VI = ir.VectorType(_I32, LANES)
 
@@ -36,7 +32,7 @@ def _const(value: int) -> Any:
 
 def _dot(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
     """Each lane's total and the products of its four unsigned with its four signed bytes."""
-    if llvm.get_host_cpu_features().get(_VNNI):
+    if registers.VNNI:
         kind, name = ir.FunctionType(_VI, [_VI] * 3), "llvm.x86.avx512.vpdpbusd.512"
         function = cgutils.get_or_insert_function(builder.module, kind, name)
         return builder.call(function, (total, unsigned, signed))
@@ -60,20 +56,20 @@ def _tile_function(module: Any) -> Any:
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     x, w, quads, minus, out = function.args
     width = builder.mul(_I64(4), quads)
-    rows = [builder.bitcast(builder.gep(x, [builder.mul(_I64(r), width)]), words) for r in range(TILE_ROWS)]
+    rows = [builder.bitcast(builder.gep(x, [builder.mul(_I64(r), width)]), words) for r in range(INT8_ROWS)]
     weights = [
         builder.bitcast(builder.gep(w, [builder.mul(_I64(LANES * c), width)]), _VI.as_pointer())
-        for c in range(TILE_COLUMNS)
+        for c in range(INT8_COLUMNS)
     ]
-    totals = [cgutils.alloca_once(builder, _VI) for _ in range(TILE_ROWS * TILE_COLUMNS)]
+    totals = [cgutils.alloca_once(builder, _VI) for _ in range(INT8_ROWS * INT8_COLUMNS)]
     for i, total in enumerate(totals):
-        start = builder.neg(builder.load(builder.gep(minus, [_I64(i // TILE_COLUMNS)])))
+        start = builder.neg(builder.load(builder.gep(minus, [_I64(i // INT8_COLUMNS)])))
         builder.store(splat(builder, start), total)
     with cgutils.for_range(builder, quads) as loop:
         columns = [builder.load(builder.gep(one, [loop.index]), align=1) for one in weights]
         for r, row in enumerate(rows):
             value = splat(builder, builder.load(builder.gep(row, [loop.index]), align=1))
-            for column, total in zip(columns, totals[r * TILE_COLUMNS :], strict=False):
+            for column, total in zip(columns, totals[r * INT8_COLUMNS :], strict=False):
                 builder.store(_dot(builder, builder.load(total), column, value), total)
     into = builder.bitcast(out, _VI.as_pointer())
     for i, total in enumerate(totals):
@@ -84,7 +80,7 @@ def _tile_function(module: Any) -> Any:
 
 @intrinsic
 def dot_tile(typingctx, x, x_at, w, w_at, quads, minus, row, out, cold):  # type: ignore[no-untyped-def]
-    """Int32 products of `TILE_ROWS` rows with ``16 * TILE_COLUMNS`` channels, row by row into ``out``.
+    """Int32 products of `INT8_ROWS` rows with ``16 * INT8_COLUMNS`` channels, row by row into ``out``.
 
     The thread has called `amx.configure`.
 
@@ -102,7 +98,7 @@ def dot_tile(typingctx, x, x_at, w, w_at, quads, minus, row, out, cold):  # type
             return element_pointer(context, builder, sig.args[k], args[k], index)
 
         each = [pointer(0, x_at_), pointer(2, w_at_), quads_, pointer(5, row_), pointer(7, _I64(0))]
-        if amx.AVAILABLE:
+        if registers.AMX:
             builder.call(amx.int8_function(builder.module), [*each, cold_])
         else:
             builder.call(_tile_function(builder.module), each)

@@ -13,12 +13,12 @@ import numba
 import numpy as np
 
 from daskllm.engine.batch import BLOCK_SIZE
-from daskllm.engine.kernels.cpu.gemm import COLUMNS
-from daskllm.engine.kernels.cpu.rows import sum_of_squares
-from daskllm.engine.kernels.cpu.simd import (
-    LANES,
+from daskllm.engine.kernels.cpu.code.rows import sum_of_squares
+from daskllm.engine.kernels.cpu.code.simd import (
     array,
     as_float,
+    compiled,
+    inlined,
     load,
     store,
     vadd,
@@ -27,13 +27,15 @@ from daskllm.engine.kernels.cpu.simd import (
     vsplat,
     vstore,
     vsub,
+    workspace,
 )
-from daskllm.engine.kernels.cpu.team import Kernel, neighbours, take
+from daskllm.engine.kernels.cpu.code.team import neighbours, take
+from daskllm.engine.kernels.cpu.registers import COLUMNS, LANES
 
 __all__ = ["rope_bf16", "rope_f32", "rope_row", "turned_head"]
 
 
-@numba.njit
+@compiled
 def turned_head(source, start, weight, eps, cos, sin, angle, size, scratch):  # type: ignore[no-untyped-def]
     """One head's vector into scratch: normed when it has a weight, then turned by its position."""
     scale = np.float32(1)
@@ -63,7 +65,7 @@ def turned_head(source, start, weight, eps, cos, sin, angle, size, scratch):  # 
             scratch[half + i] = y1 * c1 + x1 * s1
 
 
-@numba.njit
+@compiled
 def _store_key(key, keys, base, offset, size):  # type: ignore[no-untyped-def]
     """A key into its block, which is a weight for products with queries: token by token a column."""
     each = 4 // keys.itemsize
@@ -75,7 +77,7 @@ def _store_key(key, keys, base, offset, size):  # type: ignore[no-untyped-def]
         at += step
 
 
-@numba.njit
+@compiled
 def _store_value(source, start, values, base, offset, size, padded):  # type: ignore[no-untyped-def]
     """A value into its block, a weight for products with softmax weights: token by token an input."""
     each = 4 // values.itemsize
@@ -86,7 +88,7 @@ def _store_value(source, start, values, base, offset, size, padded):  # type: ig
         at += COLUMNS * BLOCK_SIZE
 
 
-@numba.njit
+@compiled
 def _is_end(item, slots):  # type: ignore[no-untyped-def]
     """Whether this row ends what its block holds, and what is behind it may not be cleared yet."""
     block = slots[item] // BLOCK_SIZE
@@ -95,7 +97,7 @@ def _is_end(item, slots):  # type: ignore[no-untyped-def]
     return not goes_on and (slots[item] % BLOCK_SIZE == 0 or not alone)
 
 
-@numba.njit
+@compiled
 def _clear_behind(values, base, offset, padded):  # type: ignore[no-untyped-def]
     """Zero in place of the values that are to come: they meet weights of zero before they are written."""
     each = 4 // values.itemsize
@@ -107,7 +109,7 @@ def _clear_behind(values, base, offset, padded):  # type: ignore[no-untyped-def]
         values[panel + (word + 1) * COLUMNS * each : panel + COLUMNS * BLOCK_SIZE] = 0
 
 
-@numba.njit
+@compiled
 def rope_row(  # type: ignore[no-untyped-def]
     item, qkv, q, keys, values, positions, slots, cos, sin, q_norm, k_norm, eps,
     heads, kv_heads, size, padded, scratch
@@ -134,7 +136,7 @@ def rope_row(  # type: ignore[no-untyped-def]
             _clear_behind(values, base * padded, offset, padded)
 
 
-@numba.njit(inline="always")
+@inlined
 def _rope_loop(pointer, dtype):  # type: ignore[no-untyped-def]
     a = numba.carray(pointer, (20,), np.int64)
     rows, heads, kv_heads, size, padded = a[1], a[13], a[14], a[15], a[16]
@@ -149,7 +151,7 @@ def _rope_loop(pointer, dtype):  # type: ignore[no-untyped-def]
     sin = array(a[9], a[18] * half if a[9] else 0, np.float32)
     q_norm = array(a[10], size if a[10] else 0, dtype)
     k_norm = array(a[11], size if a[11] else 0, dtype)
-    scratch = np.empty(size, np.float32)
+    scratch = workspace(size, np.float32)
     many = neighbours(rows)
     while True:
         first = take(a, 0) * many
@@ -162,13 +164,11 @@ def _rope_loop(pointer, dtype):  # type: ignore[no-untyped-def]
             )  # fmt: skip
 
 
-@Kernel
 def rope_f32(pointer):  # type: ignore[no-untyped-def]
     """`rope_row` of all rows, float32."""
     _rope_loop(pointer, np.float32)
 
 
-@Kernel
 def rope_bf16(pointer):  # type: ignore[no-untyped-def]
     """`rope_row` of all rows, bfloat16."""
     _rope_loop(pointer, np.uint16)
