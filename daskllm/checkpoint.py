@@ -14,12 +14,14 @@ import struct
 from collections.abc import Collection, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from daskllm.types import ModelError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
@@ -83,6 +85,7 @@ class Checkpoint:
         has_generation = (path / GENERATION_CONFIG).is_file()
         self.generation_config = _read_json(path / GENERATION_CONFIG) if has_generation else {}
         self._files: dict[Path, Any] = {}
+        self._views: dict[Path, Any] = {}
         self._file_of: dict[str, Path] = {}
         self._spans: dict[Path, dict[str, tuple[int, int]]] = {}
         for file, expected in _weight_files(path):
@@ -96,7 +99,8 @@ class Checkpoint:
 
     def _open(self, file: Path) -> frozenset[str]:
         try:
-            self._files[file] = safe_open(str(file), framework="pt", device="cpu")
+            # Names, types and shapes need no torch, which whoever only asks workers does not import.
+            self._files[file] = safe_open(str(file), framework="np")
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file} cannot be read: {_what_is_cut(file) or error}") from error
         return frozenset(self._files[file].keys())
@@ -127,8 +131,17 @@ class Checkpoint:
 
         It stays valid after `close`; it must not be written to.
         """
-        tensor: torch.Tensor = self._handle(name).get_tensor(name)
+        self._handle(name)
+        file = self.file(name)
+        if file not in self._views:
+            self._views[file] = safe_open(str(file), framework="pt", device="cpu")
+        tensor: torch.Tensor = self._views[file].get_tensor(name)
         return tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weight files."""
+        return sum(file.stat().st_size for file in self._files)
 
     def fetch(self, names: Collection[str]) -> None:
         """Have these tensors' bytes here before they are read; a directory has them all."""
@@ -177,6 +190,7 @@ class Checkpoint:
     def close(self) -> None:
         """Let go of the files. Tensors that were handed out keep their own mapping."""
         self._files.clear()
+        self._views.clear()
 
 
 def _weight_files(path: Path) -> Iterator[tuple[Path, frozenset[str] | None]]:

@@ -35,13 +35,14 @@ from daskllm.runtime.recall import place_for
 from daskllm.runtime.resident import resident_bytes
 from daskllm.runtime.update import of_its_own, present_at, update
 from daskllm.runtime.versions import known, learn, present
-from daskllm.session import Session
 from daskllm.text.tokenizer import Tokenizer
 from daskllm.types import ModelSpec, Pooling, SamplingParams
 
 if TYPE_CHECKING:
     from dask.delayed import Delayed
     from distributed import Client
+
+    from daskllm.session import Session
 
 __all__ = ["LLM", "load"]
 

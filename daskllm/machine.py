@@ -104,7 +104,7 @@ def uncollected() -> Iterator[None]:
     """Keep the garbage collector out of a block that makes much and for a moment throws nothing away.
 
     The collector goes through all that there is each time that a quarter more is there: a third of the time
-    that importing torch and Numba takes beside Dask, and of reading a large vocabulary.
+    that importing torch takes beside Dask, and of reading a large vocabulary.
     """
     global _uncollected, _collects
     with _collector:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -21,6 +24,7 @@ __all__ = [
     "Block",
     "Pages",
     "drop_pages",
+    "files_stay",
     "from_torch",
     "holds",
     "is_on",
@@ -39,6 +43,7 @@ DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
 }
 _MADV_DONTNEED = 4
+_found = threading.local()
 
 
 def from_torch(tensor: torch.Tensor) -> Block:
@@ -164,7 +169,7 @@ def pages(*blocks: Block) -> list[Pages | None]:
     """
     if not blocks or not os.path.exists("/proc/self/maps"):
         return [None] * len(blocks)
-    page, files = os.sysconf("SC_PAGE_SIZE"), _mapped_files()
+    page, files = os.sysconf("SC_PAGE_SIZE"), _files_of([b for b in blocks if isinstance(b, np.ndarray)])
     found: list[Pages | None] = []
     for block in blocks:
         if not isinstance(block, np.ndarray) or not _within(block, files):
@@ -189,6 +194,33 @@ def drop_pages(*blocks: Block) -> list[int | None]:
         [None]
     """
     return [None if mapped is None else mapped.drop() for mapped in pages(*blocks)]
+
+
+@contextmanager
+def files_stay() -> Iterator[None]:
+    """Within it the files that this thread asks `pages` of stay mapped, so that they are looked for once.
+
+    Example:
+        >>> with files_stay():
+        ...     pages(np.zeros(1 << 20, np.float32))
+        [None]
+    """
+    _found.files = []
+    try:
+        yield
+    finally:
+        _found.files = None
+
+
+def _files_of(blocks: Sequence[np.ndarray]) -> list[tuple[int, int]]:
+    """The mapped files that these blocks view, and more. A process has thousands: to list them takes 2 ms."""
+    known: list[tuple[int, int]] | None = getattr(_found, "files", None)
+    if known and all(_within(block, known) for block in blocks):
+        return known
+    files = _mapped_files()
+    if known is not None:  # not those of others, which others may let go
+        _found.files = [file for file in files if any(_within(block, [file]) for block in blocks)]
+    return files
 
 
 def _within(block: np.ndarray, ranges: list[tuple[int, int]]) -> bool:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 
-from daskllm.blocks import array
+from daskllm.blocks import array, regions
 from daskllm.blocks.load import load_layers, release_packed
 from daskllm.blocks.store import STORE, BlockKey
 from daskllm.checkpoint import Checkpoint, open_checkpoint
@@ -201,17 +200,15 @@ class ResidentModel:
         Raises:
             ModelError: a tensor is missing, cut short or of another shape. Nothing of the model stays.
         """
-        # Weights are copied outside of the interpreter, which the operations keep busy meanwhile.
-        with ThreadPoolExecutor(1, "daskllm-kernels") as beside:
-            quantized = self.quantize is not None
-            kernels = beside.submit(
-                self.kernels.load, self.torch_dtype, quantized, self.kv_torch_dtype, self.config
-            )
-            # The head first: while it is copied, what may be the largest matrix is in memory twice, and an
-            # embedding that is tied to it then needs no memory of its own.
-            for name in reversed(layers):
-                self.layer(name)
-        kernels.result()
+        self.kernels.load(self.torch_dtype, self.quantize is not None, self.kv_torch_dtype, self.config)
+        # The head first: while it is copied, what may be the largest matrix is in memory twice, and an
+        # embedding that is tied to it then needs no memory of its own.
+        try:
+            with array.files_stay():
+                for name in reversed(layers):
+                    self.layer(name)
+        finally:
+            regions.release()
 
     def layer(self, name: str) -> Layer:
         """One layer, ready to run; `daskllm.models.layer_names` has their names.

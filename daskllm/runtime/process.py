@@ -62,9 +62,10 @@ def open_session(spec: ModelSpec) -> Session:
         from daskllm.runtime.stages import staged_session
 
         return staged_session(spec)
+    model = model_for(spec, whole=True)
     from daskllm.session import Session
 
-    return Session.open(spec, model_for(spec))
+    return Session.open(spec, model)
 
 
 def session_for(spec: ModelSpec) -> Session:

@@ -6,11 +6,16 @@ stage, or a task that is one layer.
 
 from __future__ import annotations
 
+import math
 import os
+import sys
 import threading
 from concurrent.futures import Future
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
+from daskllm import machine
+from daskllm.blocks import regions
 from daskllm.types import ModelError
 
 if TYPE_CHECKING:
@@ -76,15 +81,15 @@ def open_files(spec: ModelSpec) -> Checkpoint:
     return found
 
 
-def model_for(spec: ModelSpec) -> ResidentModel:
+def model_for(spec: ModelSpec, whole: bool = False) -> ResidentModel:
     """This process's layers of ``spec``, each loaded when it is first run; its session has the same.
+
+    Args:
+        whole: all of them are loaded next.
 
     Raises:
         ModelError: the directory cannot be read.
     """
-    # A scheduler or client that unpickles a graph imports this module and must not import torch for it.
-    from daskllm.engine.layers import ResidentModel
-
     # Not under the lock: files may have to come from other workers, and event loops look who is here.
     with _lock:
         opening = _models.get(spec)
@@ -93,11 +98,38 @@ def model_for(spec: ModelSpec) -> ResidentModel:
             opening = _models[spec] = Future()
     if mine:
         try:
-            opening.set_result(ResidentModel.open(spec, open_files(spec)))
+            files = open_files(spec)
+            if whole and "torch" not in sys.modules:
+                _prepare(spec, files)
+            # Whoever unpickles a graph imports this module and must not import torch for it.
+            with machine.uncollected():
+                from daskllm.engine.layers import ResidentModel
+
+            opening.set_result(ResidentModel.open(spec, files))
         except BaseException as error:
             opening.set_exception(error)
             close_model(spec)
     return opening.result()
+
+
+def _prepare(spec: ModelSpec, files: Checkpoint) -> None:
+    """Send for the memory that packed weights will take. Importing torch takes a second, on one core.
+
+    Only where they are as large as in their files: of those that are converted, and of what a GPU takes, that
+    is not known yet.
+    """
+    from daskllm.models import describe, sources
+
+    config = describe(files.config)
+    kept = config.dtype if spec.dtype == "auto" else spec.dtype
+    on_cpu = spec.device == "cpu" or (spec.device == "auto" and find_spec("cupy") is None)
+    if not on_cpu or spec.quantize is not None or kept != config.dtype or kept == "float16":
+        return
+    nbytes = files.nbytes
+    if not config.tied:  # a table of its own is read where it is
+        table = sources(config, files.names)["embed"]["tokens.weight"]
+        nbytes -= math.prod(table.shape) * (4 if kept == "float32" else 2)
+    regions.prepare(nbytes)
 
 
 def close_model(spec: ModelSpec) -> None:

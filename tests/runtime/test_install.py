@@ -20,6 +20,7 @@ from distributed import Client
 
 import daskllm
 from daskllm import demo
+from daskllm.engine.kernels.cpu.compiled import kept
 from daskllm.llm import LLM
 from daskllm.runtime import source
 from daskllm.runtime.install import _missing, _needed, check_versions
@@ -47,6 +48,8 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
     Path(packages, "all.pth").write_text("\n".join(theirs))
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environ |= {"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")}
+    if kept().exists():  # to compile kernels takes half a minute
+        shutil.copytree(kept(), home / "cache" / "daskllm" / "kernels" / kept().name)
 
     @contextmanager
     def started(*arguments: str, **more: str) -> Iterator[None]:
@@ -114,7 +117,6 @@ def test_a_table_is_answered_and_written_by_workers_that_were_sent_daskllm(
         daskllm.install(client)
         (code,) = set(client.run(lambda: str(sys.modules["daskllm"].__file__)).values())
         assert Path(code).parent != source.PACKAGE
-        _lay_kernels(Path(code).parent)
         llm = daskllm.load(demo.model_path(), client=client)
         table = dd.from_pandas(demo.table().head(24), npartitions=4)
         answered = table.llm.chat(llm, "prompt", max_tokens=64)
@@ -128,16 +130,6 @@ def test_a_table_is_answered_and_written_by_workers_that_were_sent_daskllm(
         job = answered.llm.submit(str(tmp_path / "again"), name="sent")
         assert job.result(timeout=120).rows == 24
         assert pd.read_parquet(tmp_path / "again")["generated"].equals(written["generated"])
-
-
-def _lay_kernels(there: Path) -> None:
-    """Put kernels that are compiled here beside a copy of their code, which would take a minute to do so."""
-    kernels = Path("engine", "kernels", "cpu")
-    for code in (source.PACKAGE / kernels).glob("*.py"):
-        shutil.copystat(code, there / kernels / code.name)  # by its time Numba knows it
-    shutil.copytree(
-        source.PACKAGE / kernels / "__pycache__", there / kernels / "__pycache__", dirs_exist_ok=True
-    )
 
 
 @pytest.mark.cluster

@@ -24,7 +24,6 @@ from typing import Any, Protocol
 
 import torch
 
-from daskllm import machine
 from daskllm.engine.batch import Batch
 
 __all__ = ["Kernels", "padded_head_dim", "select"]
@@ -97,8 +96,7 @@ def _tell_denied() -> None:
 def select(device: str, dtype: torch.dtype) -> Kernels:
     """The kernels for a device ("cpu", "cuda") and a compute dtype."""
     if device == "cpu" and dtype in (torch.float32, torch.bfloat16):
-        with machine.uncollected():
-            from daskllm.engine.kernels import cpu  # Numba is not loaded where it is not used
+        from daskllm.engine.kernels import cpu  # LLVM is not loaded where it is not used
 
         if not cpu.DENIED:
             return cpu

@@ -132,9 +132,8 @@ def _write(path: Path, code: bytes) -> None:
         logger.warning("kernels are compiled in each process, since %s cannot be written: %s", path, error)
 
 
-@functools.cache
 def _target() -> Any:
-    """This machine."""
+    """This machine, for one use: what takes it owns it."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     return llvm.Target.from_triple(llvm.get_process_triple()).create_target_machine(
@@ -169,9 +168,10 @@ def _compile(function: Callable[[Any], None], symbol: str) -> bytes:
         passes.add_global_opt_pass()
         passes.add_global_dead_code_eliminate_pass()
     passes.add_strip_dead_prototype_pass()
-    passes.run(module, llvm.create_pass_builder(_target(), llvm.PipelineTuningOptions(speed_level=3)))
+    target = _target()
+    passes.run(module, llvm.create_pass_builder(target, llvm.PipelineTuningOptions(speed_level=3)))
     called = {each.name for each in module.functions if each.is_declaration}
     foreign = sorted(name for name in called - _OUTSIDE if not name.startswith("llvm."))
     if foreign:
         raise RuntimeError(f"the kernel {function.__name__} may raise or allocate: it calls {foreign}")
-    return bytes(_target().emit_object(module))
+    return bytes(target.emit_object(module))

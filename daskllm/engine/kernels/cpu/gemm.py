@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from daskllm.blocks.regions import room
 from daskllm.engine.kernels.cpu.compiled import Kernel
-from daskllm.engine.kernels.cpu.regions import room
 from daskllm.engine.kernels.cpu.registers import AMX, COLUMNS, SLACK
 from daskllm.engine.kernels.cpu.team import run
 

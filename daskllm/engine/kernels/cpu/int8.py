@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from daskllm.blocks.regions import room
 from daskllm.engine.kernels.cpu.compiled import Kernel
-from daskllm.engine.kernels.cpu.regions import room
 from daskllm.engine.kernels.cpu.registers import INT8_COLUMNS, INT8_ROWS, LANES
 from daskllm.engine.kernels.cpu.team import address, run
 from daskllm.engine.kernels.int8 import quantised

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 
 import pytest
 import torch
 
-from daskllm.engine.kernels.cpu import regions
+from daskllm.blocks import regions
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +53,36 @@ def test_a_region_goes_with_the_last_that_lies_in_it() -> None:
     gc.collect()
     assert region() is None
     assert regions.room((8,), torch.float32).numel() == 8
+
+
+def test_what_was_prepared_is_filled_next_and_never_written_over() -> None:
+    nbytes = 64 << 20
+    regions.prepare(nbytes)
+    held = [regions.room((1 << 20,), torch.uint8).fill_(7) for _ in range(64)]  # while it may be touched
+    for thread in threading.enumerate():
+        if thread.name == "daskllm-memory":
+            thread.join(60)
+            assert not thread.is_alive()
+    assert held[-1].data_ptr() - held[0].data_ptr() == 63 << 20
+    assert all((one == 7).all() for one in held)
+    region = regions._region
+    assert region is not None
+    del held
+    gc.collect()
+    assert region() is not None
+    regions.release()
+    assert region() is None
+
+
+def test_what_was_prepared_in_vain_goes() -> None:
+    regions.prepare(8 << 20)
+    region = regions._region
+    assert region is not None
+    regions.release()
+    for thread in threading.enumerate():
+        if thread.name == "daskllm-memory":
+            thread.join(60)
+    assert region() is None
 
 
 def test_nothing_needs_no_room() -> None:
