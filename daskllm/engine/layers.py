@@ -238,6 +238,7 @@ class ResidentModel:
     def close(self) -> None:
         """Let all layers and files go."""
         self.checkpoint.close()  # first, so that whoever waits for files under the lock gives up
+        regions.release()
         with self._lock:
             self._layers.clear()
             STORE.drop(self._model)

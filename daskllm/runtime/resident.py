@@ -107,6 +107,7 @@ def model_for(spec: ModelSpec, whole: bool = False) -> ResidentModel:
 
             opening.set_result(ResidentModel.open(spec, files))
         except BaseException as error:
+            regions.release()
             opening.set_exception(error)
             close_model(spec)
     return opening.result()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,18 @@ def test_where_nothing_can_be_kept_kernels_run_all_the_same(
     with caplog.at_level(logging.WARNING, logger="daskllm"):
         assert quantised(Kernel("int8", "quantise_f32")) == [127, -64, 0, 0]
     assert "kernels are compiled in each process" in caplog.text
+
+
+def test_a_user_without_a_home_keeps_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "kept", lambda: None)
+    kernel = Kernel("int8", "quantise_f32")
+    assert quantised(kernel) == [127, -64, 0, 0]
+    assert kernel.compiled
+    monkeypatch.undo()
+    kept: Any = compiled.kept
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert kept.__wrapped__() is None
 
 
 def test_other_sources_are_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

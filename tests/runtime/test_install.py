@@ -48,8 +48,9 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
     Path(packages, "all.pth").write_text("\n".join(theirs))
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environ |= {"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")}
-    if kept().exists():  # to compile kernels takes half a minute
-        shutil.copytree(kept(), home / "cache" / "daskllm" / "kernels" / kept().name)
+    kernels = kept()
+    if kernels is not None and kernels.exists():  # to compile them takes half a minute
+        shutil.copytree(kernels, home / "cache" / "daskllm" / "kernels" / kernels.name)
 
     @contextmanager
     def started(*arguments: str, **more: str) -> Iterator[None]:

@@ -82,13 +82,15 @@ class Kernel:
 
     def _linked(self) -> Loaded:
         symbol = f"daskllm_{self.module}_{self.name}"
-        path = kept() / f"{self.module}.{self.name}"
-        found = _read(path)
+        directory = kept()
+        path = None if directory is None else directory / f"{self.module}.{self.name}"
+        found = None if path is None else _read(path)
         self.compiled = found is None
         if found is None:
             function = getattr(importlib.import_module(f"{__package__}.code.{self.module}"), self.name)
             found = _compile(function, symbol)
-            _write(path, found)
+            if path is not None:
+                _write(path, found)
         engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target())
         engine.add_object_file(llvm.ObjectFileRef.from_data(found))
         engine.finalize_object()
@@ -97,8 +99,11 @@ class Kernel:
 
 
 @functools.cache
-def kept() -> Path:
-    """The directory for this version of the kernels on this kind of CPU."""
+def kept() -> Path | None:
+    """The directory for this version of the kernels on this kind of CPU; None for a user without a home."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.path.isabs(cache):
+        return None
     sources = sorted([_HERE / "fields.py", _HERE / "registers.py", *(_HERE / "code").glob("*.py")])
     about = (
         *(version(name) for name in ("numba", "llvmlite")),
@@ -107,8 +112,7 @@ def kept() -> Path:
     )
     digest = hashlib.sha256(repr(about).encode())
     for source in (Path(__file__), *sources):
-        digest.update(source.read_bytes())
-    cache = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+        digest.update(source.name.encode() + source.read_bytes())
     return Path(cache, "daskllm", "kernels", digest.hexdigest()[:20])
 
 
@@ -125,9 +129,10 @@ def _write(path: Path, code: bytes) -> None:
     """Keep it, all or nothing: other processes read and write here too."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", delete=False) as file:
-            file.write(hashlib.sha256(code).digest() + code)
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as apart:
+            whole = Path(apart, path.name)
+            whole.write_bytes(hashlib.sha256(code).digest() + code)
+            whole.replace(path)
     except OSError as error:
         logger.warning("kernels are compiled in each process, since %s cannot be written: %s", path, error)
 
