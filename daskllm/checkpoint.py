@@ -11,6 +11,7 @@ import json
 import os
 import re
 import struct
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -86,6 +87,7 @@ class Checkpoint:
         self.generation_config = _read_json(path / GENERATION_CONFIG) if has_generation else {}
         self._files: dict[Path, Any] = {}
         self._views: dict[Path, Any] = {}
+        self._opened: dict[Path, tuple[int, int, int]] = {}
         self._file_of: dict[str, Path] = {}
         self._spans: dict[Path, dict[str, tuple[int, int]]] = {}
         for file, expected in _weight_files(path):
@@ -99,8 +101,11 @@ class Checkpoint:
 
     def _open(self, file: Path) -> frozenset[str]:
         try:
+            self._opened[file] = _inode(file)
             # Names, types and shapes need no torch, which whoever only asks workers does not import.
             self._files[file] = safe_open(str(file), framework="np")
+            if "torch" in sys.modules:
+                self._views[file] = safe_open(str(file), framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file} cannot be read: {_what_is_cut(file) or error}") from error
         return frozenset(self._files[file].keys())
@@ -130,18 +135,26 @@ class Checkpoint:
         """A tensor on the CPU that views the mapped file: nothing is copied, pages load when touched.
 
         It stays valid after `close`; it must not be written to.
+
+        Raises:
+            ModelError: no tensor was read yet, and the file is gone or another one by now.
         """
         self._handle(name)
         file = self.file(name)
         if file not in self._views:
-            self._views[file] = safe_open(str(file), framework="pt", device="cpu")
+            self._views[file] = self._view(file)
         tensor: torch.Tensor = self._views[file].get_tensor(name)
         return tensor
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all weight files."""
-        return sum(file.stat().st_size for file in self._files)
+    def _view(self, file: Path) -> Any:
+        try:
+            view = safe_open(str(file), framework="pt", device="cpu")
+            same = _inode(file) == self._opened[file]
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file} cannot be read any more: {error}") from error
+        if not same:
+            raise ModelError(f"{file} is not what it was when the model was opened: load it again")
+        return view
 
     def fetch(self, names: Collection[str]) -> None:
         """Have these tensors' bytes here before they are read; a directory has them all."""
@@ -191,6 +204,12 @@ class Checkpoint:
         """Let go of the files. Tensors that were handed out keep their own mapping."""
         self._files.clear()
         self._views.clear()
+
+
+def _inode(file: Path) -> tuple[int, int, int]:
+    """Which file it is, whatever is written to it."""
+    status = file.stat()
+    return status.st_dev, status.st_ino, status.st_size
 
 
 def _weight_files(path: Path) -> Iterator[tuple[Path, frozenset[str] | None]]:

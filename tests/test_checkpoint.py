@@ -322,3 +322,18 @@ def test_other_types_are_reported(single: Path) -> None:
     ):
         save_file(held | {name: held[name].to(kind)}, single / "model.safetensors")
         assert open_checkpoint(single).dtype(name) == reported
+
+
+@pytest.mark.parametrize("change", ["replaced", "gone"])
+def test_a_file_that_is_another_by_the_first_tensor_is_refused(single: Path, change: str) -> None:
+    checkpoint = open_checkpoint(str(single))
+    name, file = sorted(checkpoint.names)[0], single / "model.safetensors"
+    before = checkpoint.tensor(name).clone()
+    checkpoint._views.clear()  # as where torch came after the files were opened
+    assert torch.equal(checkpoint.tensor(name), before)
+    checkpoint._views.clear()
+    other = single / "other"
+    save_file({n: t + 1 for n, t in load_file(file).items()}, other)
+    os.replace(other, file) if change == "replaced" else file.unlink()
+    with pytest.raises(ModelError, match=r"model\.safetensors (is not what it was|cannot be read any more)"):
+        checkpoint.tensor(name)

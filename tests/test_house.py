@@ -128,3 +128,41 @@ def test_importing_daskllm_is_light() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == []
+
+
+CLIENT = """
+import sys
+
+def main():
+    from distributed import Client
+    import daskllm
+    from daskllm import demo
+
+    with daskllm.local_cluster(1, 1) as cluster, Client(cluster) as client:
+        llm = daskllm.load(demo.model_path(), client=client, answers=None)
+        table = demo.table().head(4)
+        assert table.llm.chat(llm, "prompt", max_tokens=8)["generated_error"].isna().all()
+        llm.close()
+    from daskllm.cli import main as run
+
+    run(["plan", "--model", str(demo.model_path()), "--devices", "2"], standalone_mode=False)
+    run(["info", "--model", str(demo.model_path())], standalone_mode=False)
+    assert not {"torch", "numba", "llvmlite"} & set(sys.modules)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.cluster
+def test_who_only_asks_workers_or_plans_imports_no_torch(tmp_path: Path) -> None:
+    script = tmp_path / "client.py"
+    script.write_text(CLIENT)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -219,7 +219,7 @@ def _files_of(blocks: Sequence[np.ndarray]) -> list[tuple[int, int]]:
         return known
     files = _mapped_files()
     if known is not None:  # not those of others, which others may let go
-        _found.files = [file for file in files if any(_within(block, [file]) for block in blocks)]
+        _found.files = known + [file for file in files if any(_within(block, [file]) for block in blocks)]
     return files
 
 

@@ -9,7 +9,8 @@ Models share the region that is being filled: of one that is closed, up to 64 Mi
 them has gone too.
 
 Memory that a machine has not used before takes longer to come than weights take to be copied there: 256 MiB
-took a virtual machine 0.6 s, and 0.03 s when it had it before. So it can be sent for early (`prepare`).
+took a virtual machine 0.6 s, and 0.03 s when it had it before. So it can be sent for early (`prepare`), as
+one region, which is a single model's.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+import os
 import threading
 import weakref
 from collections.abc import Sequence
@@ -33,6 +35,7 @@ _LINE = 64
 _PAGE = 2 << 20
 _REGION = 64 << 20
 """Bytes of a region; what no matrix has been laid into takes no memory."""
+
 _lock = threading.Lock()
 # The region that is being filled and how far it is. Matrices keep it alive, and nothing else.
 _region: weakref.ref[mmap.mmap] | None = None
@@ -58,12 +61,13 @@ def room(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     size = -(-count * dtype.itemsize // _LINE) * _LINE
     if not size:
         return torch.zeros(*shape, dtype=dtype)
+    _empty = False  # before the lock, which whoever touches pages would have again and again
     with _lock:
         region = None if _region is None else _region()
         if region is None or _filled + size > len(region):
             region = _map(max(_REGION, size))
             _region, _filled = weakref.ref(region), 0
-        begin, _empty = _filled, False
+        begin = _filled
         _filled += size
     return torch.frombuffer(region, dtype=dtype, count=count, offset=begin).view(*shape)
 
@@ -85,10 +89,16 @@ def prepare(nbytes: int) -> None:
 
 
 def release() -> None:
-    """Have memory that was prepared go with what lies in it."""
-    global _prepared, _empty
+    """Have memory that was prepared go with what lies in it, and now what nothing lies in."""
+    global _region, _prepared, _empty
+    _empty = False
     with _lock:
-        _prepared, _empty = None, False
+        if _prepared is not None and _region is not None and _region() is _prepared:
+            begin = -(-_filled // _PAGE) * _PAGE
+            if hasattr(mmap, "MADV_DONTNEED") and begin < len(_prepared):
+                _prepared.madvise(mmap.MADV_DONTNEED, begin)
+            _region = None
+        _prepared = None
 
 
 def _touch(prepared: weakref.ref[mmap.mmap]) -> None:
@@ -104,6 +114,16 @@ def _touch(prepared: weakref.ref[mmap.mmap]) -> None:
             size = len(region)
             memset(ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(region)) + offset), 0, 1)
         offset += _PAGE
+
+
+def _forget() -> None:
+    """In a child of fork, where nobody touches pages and nobody gives a lock back."""
+    global _lock, _region, _prepared, _empty
+    _lock, _region, _prepared, _empty = threading.Lock(), None, None, False
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
 
 
 def _map(size: int) -> mmap.mmap:

@@ -9,7 +9,6 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from daskllm import bench as benchmark
 from daskllm.cli.options import cluster_options, failures, json_option, loading_options
 from daskllm.cli.running import show
 
@@ -39,6 +38,8 @@ def bench(
     as_json: bool,
 ) -> None:
     """Measure loading, speed and memory on a work file."""
+    from daskllm import bench as benchmark  # with torch, which other commands do without
+
     with failures():
         rows = benchmark.read_work(work)
         measured = benchmark.measure(

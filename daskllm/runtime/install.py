@@ -192,7 +192,6 @@ def _put(digest: str, archive: bytes) -> None:
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     place = os.path.join(cache, "daskllm", "source", digest)
     if not os.path.isdir(place):
-        # Kernels that are compiled on first use are kept beside it, so that the next worker finds them.
         try:
             os.makedirs(os.path.dirname(place), mode=0o700, exist_ok=True)
             fresh = tempfile.mkdtemp(dir=os.path.dirname(place))

@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 from concurrent.futures import Future
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
@@ -116,21 +117,25 @@ def model_for(spec: ModelSpec, whole: bool = False) -> ResidentModel:
 def _prepare(spec: ModelSpec, files: Checkpoint) -> None:
     """Send for the memory that packed weights will take. Importing torch takes a second, on one core.
 
-    Only where they are as large as in their files: of those that are converted, and of what a GPU takes, that
-    is not known yet.
+    Only for those that are packed as they are in their files: of others, and of what a GPU takes, it is not
+    known yet how much that is.
     """
     from daskllm.models import describe, sources
 
     config = describe(files.config)
-    kept = config.dtype if spec.dtype == "auto" else spec.dtype
+    dtype = config.dtype if spec.dtype == "auto" else spec.dtype
     on_cpu = spec.device == "cpu" or (spec.device == "auto" and find_spec("cupy") is None)
-    if not on_cpu or spec.quantize is not None or kept != config.dtype or kept == "float16":
+    if not on_cpu or spec.quantize is not None or dtype == "float16":
         return
-    nbytes = files.nbytes
-    if not config.tied:  # a table of its own is read where it is
-        table = sources(config, files.names)["embed"]["tokens.weight"]
-        nbytes -= math.prod(table.shape) * (4 if kept == "float32" else 2)
-    regions.prepare(nbytes)
+    layers = sources(config, files.names)
+    blocks = {block for name in layers if name != "embed" for block in layers[name].values()}
+    matrices = [block for block in blocks if len(block.block_shape) == 2]
+    if any(files.dtype(block.name) != dtype for block in matrices):
+        return
+    nbytes = sum(math.prod(block.block_shape) for block in matrices) * (4 if dtype == "float32" else 2)
+    if nbytes < machine.available_memory():
+        with suppress(OSError, RuntimeError):  # no such memory, no thread: weights get theirs as ever
+            regions.prepare(nbytes)
 
 
 def close_model(spec: ModelSpec) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -97,3 +98,33 @@ def test_drop_pages_frees_a_mapped_block_and_keeps_its_values(tmp_path: Path) ->
     assert torch.equal(array.to_torch(mapped, "bfloat16"), values)
     assert ordinary.all()
     assert array.drop_pages() == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_files_that_stay_are_looked_for_once_and_forgotten_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked, look = [], array._mapped_files
+
+    def noted() -> list[tuple[int, int]]:
+        looked.append(1)
+        return look()
+
+    monkeypatch.setattr(array, "_mapped_files", noted)
+    file = tmp_path / "w.safetensors"
+    save_file({name: torch.randn(256, 256) for name in "ab"}, file)
+    with safe_open(str(file), framework="pt") as opened:
+        first, second = (array.from_torch(opened.get_tensor(name)) for name in "ab")
+    ordinary = np.ones(1 << 20, np.float32)
+    with suppress(KeyError), array.files_stay():
+        assert all(array.pages(first, second))
+        assert array.pages(second)[0] is not None
+        assert len(looked) == 1
+        assert array.drop_pages(ordinary, second)[0] is None
+        assert array.pages(first)[0] is not None
+        raise KeyError
+    assert ordinary.all()
+    before = len(looked)
+    array.pages(first)
+    array.pages(first)
+    assert len(looked) == before + 2

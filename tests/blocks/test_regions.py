@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
 import threading
+import time
 import weakref
 
 import pytest
@@ -15,6 +18,8 @@ from daskllm.blocks import regions
 @pytest.fixture(autouse=True)
 def _afresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(regions, "_region", None)
+    monkeypatch.setattr(regions, "_prepared", None)
+    monkeypatch.setattr(regions, "_empty", False)
 
 
 def test_weights_lie_side_by_side_and_do_not_overlap() -> None:
@@ -72,6 +77,37 @@ def test_what_was_prepared_is_filled_next_and_never_written_over() -> None:
     assert region() is not None
     regions.release()
     assert region() is None
+
+
+def test_other_models_do_not_lie_in_what_was_prepared_for_one() -> None:
+    regions.prepare(8 << 20)
+    first = regions.room((64,), torch.float32)
+    prepared = regions._region
+    regions.release()
+    other = regions.room((64,), torch.float32)
+    assert prepared is not None
+    assert prepared() is not None
+    assert abs(other.data_ptr() - first.data_ptr()) != 256
+    del first
+    gc.collect()
+    assert prepared() is None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_child_of_fork_has_room_though_its_parent_held_the_lock() -> None:
+    with regions._lock:
+        child = os.fork()
+        if not child:
+            regions.room((64,), torch.float32)
+            os._exit(0)
+    deadline = time.monotonic() + 20
+    while (found := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if found == (0, 0):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert found == (child, 0)
 
 
 def test_what_was_prepared_in_vain_goes() -> None:

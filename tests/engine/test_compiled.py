@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,11 @@ import numpy as np
 import pytest
 import torch
 
+import daskllm
 from daskllm.engine.kernels.cpu import compiled
 from daskllm.engine.kernels.cpu.compiled import Kernel
 from daskllm.engine.kernels.cpu.team import run
+from tests import tiny
 
 
 @pytest.fixture
@@ -36,7 +41,7 @@ def test_a_kernel_is_compiled_once_and_again_where_its_file_is_not_whole(place: 
     for _ in range(2):
         first, second = Kernel("int8", "quantise_f32"), Kernel("int8", "quantise_f32")
         assert quantised(first) == quantised(second) == [127, -64, 0, 0]
-        assert (first.compiled, second.compiled) == (True, False)
+        assert (first.was_compiled, second.was_compiled) == (True, False)
         (file,) = place.iterdir()
         file.write_bytes(file.read_bytes()[:-100])
 
@@ -55,7 +60,7 @@ def test_a_user_without_a_home_keeps_none(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(compiled, "kept", lambda: None)
     kernel = Kernel("int8", "quantise_f32")
     assert quantised(kernel) == [127, -64, 0, 0]
-    assert kernel.compiled
+    assert kernel.was_compiled
     monkeypatch.undo()
     kept: Any = compiled.kept
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -63,15 +68,85 @@ def test_a_user_without_a_home_keeps_none(monkeypatch: pytest.MonkeyPatch) -> No
     assert kept.__wrapped__() is None
 
 
-def test_other_sources_are_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["fields.py", "registers.py", "code/rope.py"])
+def test_other_sources_are_kept_apart(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = tmp_path / "cpu"
     shutil.copytree(compiled._HERE, copy)
     kept: Any = compiled.kept
     monkeypatch.setattr(compiled, "_HERE", copy)
     assert kept.__wrapped__() == kept()
-    with (copy / "code" / "rope.py").open("a") as source:
+    with (copy / name).open("a") as source:
         source.write("\n")
     assert kept.__wrapped__() != kept()
+
+
+def test_other_machines_shapes_and_compilers_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: Any = compiled.kept
+    found = [kept.__wrapped__()]
+    for change in (
+        lambda: monkeypatch.setattr(compiled.llvm, "get_host_cpu_name", lambda: "another"),
+        lambda: monkeypatch.setattr(compiled, "TILE", 4),
+        lambda: monkeypatch.setattr(compiled, "version", lambda name: "0.0"),
+        lambda: monkeypatch.setenv("NUMBA_OPT", "1"),
+        lambda: monkeypatch.setenv("NUMBA_CACHE_DIR", "elsewhere"),
+    ):
+        change()
+        found.append(kept.__wrapped__())
+    assert len(set(found)) == 5
+    assert found[-1] == found[-2]
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="files have no owners here")
+def test_another_users_code_is_not_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Kernel("int8", "quantise_f32").load()
+    mine = os.getuid()
+    (file,) = place.iterdir()
+    os.chown(file, mine + 1, -1) if mine == 0 else monkeypatch.setattr(os, "getuid", lambda: mine + 1)
+    kernel = Kernel("int8", "quantise_f32")
+    kernel.load()
+    assert kernel.was_compiled
+
+
+ELSEWHERE = """
+import json, sys
+import llvmlite.binding
+
+features = llvmlite.binding.get_host_cpu_features()
+for name in features:
+    features[name] = features[name] and not name.startswith(("avx512", "amx", "avxvnni"))
+llvmlite.binding.get_host_cpu_features = lambda: features
+import daskllm
+from daskllm.engine.kernels.cpu import registers
+
+assert not registers.AMX and registers.COLUMNS == 16 and not registers.VNNI
+print(json.dumps([
+    [one.token_ids for one in daskllm.load(sys.argv[1], dtype="float32", answers=None, **options).generate(
+        [[5, 6, 7, 8, 9] * 9, [3]], max_tokens=12, ignore_eos=True)]
+    for options in ({}, {"quantize": "int8", "kv_dtype": "int8"})
+]))
+"""
+
+
+def test_a_cpu_with_narrow_registers_gives_the_same_tokens(tmp_path: Path) -> None:
+    path = tiny.make_model("llama-gqa", tmp_path / "model")
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, str(path)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    options: Any
+    for options, found in zip(
+        ({}, {"quantize": "int8", "kv_dtype": "int8"}), json.loads(done.stdout), strict=True
+    ):
+        llm = daskllm.load(path, dtype="float32", answers=None, **options)
+        ours = llm.generate([[5, 6, 7, 8, 9] * 9, [3]], max_tokens=12, ignore_eos=True)
+        llm.close()
+        assert [list(one.token_ids) for one in ours] == found
 
 
 def test_a_kernel_that_may_raise_is_refused() -> None:

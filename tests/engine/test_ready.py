@@ -30,7 +30,7 @@ taken, load = set(), Kernel.load
 def noted(kernel):
     taken.add(f"{kernel.module}.{kernel.name}")
     found = load(kernel)
-    assert not kernel.compiled, kernel
+    assert not kernel.was_compiled, kernel
     return found
 
 Kernel.load = noted
@@ -80,6 +80,42 @@ def test_a_second_process_compiles_nothing_imports_no_compiler_and_loads_what_it
     opened, taken, numba = json.loads(done.stdout)
     assert set(opened) == set(taken) == needed  # none of them in the midst of a step
     assert not numba
+
+
+AHEAD = """
+import json, sys
+from daskllm.blocks import regions
+
+asked, prepare = [], regions.prepare
+
+def noted(nbytes):
+    asked.append([nbytes, "torch" in sys.modules])
+    prepare(nbytes)
+
+regions.prepare = noted
+import daskllm
+
+llm = daskllm.load(sys.argv[1], answers=None)
+held = llm.session().model.nbytes()
+print(json.dumps([asked, sum(held.values()) - held["embed"], regions._prepared is None]))
+"""
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2"])
+def test_memory_for_weights_is_sent_for_before_torch_is_there(name: str, tmp_path: Path) -> None:
+    path = tiny.make_model(name, tmp_path / "model")
+    done = subprocess.run(
+        [sys.executable, "-c", AHEAD, str(path)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    asked, packed, released = json.loads(done.stdout)
+    assert [torch for _, torch in asked] == [False]
+    assert abs(asked[0][0] - packed) <= 2 << 20
+    assert released
 
 
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8"])

@@ -73,7 +73,6 @@ def rope_store(
         values.shape[3] - scales,
         blocks,
         0 if cos is None else cos.shape[0],
-        0,
     )
     return q
 
@@ -105,6 +104,5 @@ def attention(
         q.shape[0],
         window or 0,
         float_bits(scale),
-        0,
     )
     return out

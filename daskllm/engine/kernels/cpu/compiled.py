@@ -34,8 +34,9 @@ __all__ = ["Kernel", "Loaded", "kept"]
 logger = logging.getLogger(__name__)
 
 _HERE = Path(__file__).parent
-_OUTSIDE = frozenset({"memcpy", "memmove", "memset", "sqrtf"})
-"""What compiled code may call, of the C library."""
+_OUTSIDE = frozenset({"memcpy", "memmove", "memset", "sqrtf"} | {f"memset_pattern{n}" for n in (4, 8, 16)})
+"""What compiled code may call, of the C library; the last are macOS's."""
+_NOT_CODE = ("NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS")
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
@@ -61,11 +62,11 @@ class Kernel:
     Attributes:
         module: of `code`, where it is written.
         name: of the function there.
-        compiled: whether this process had to compile it.
+        was_compiled: by this process, which found none that was kept.
     """
 
     def __init__(self, module: str, name: str) -> None:
-        self.module, self.name, self.compiled = module, name, False
+        self.module, self.name, self.was_compiled = module, name, False
         self._lock = threading.Lock()
         self._loaded: Loaded | None = None
 
@@ -85,7 +86,7 @@ class Kernel:
         directory = kept()
         path = None if directory is None else directory / f"{self.module}.{self.name}"
         found = None if path is None else _read(path)
-        self.compiled = found is None
+        self.was_compiled = found is None
         if found is None:
             function = getattr(importlib.import_module(f"{__package__}.code.{self.module}"), self.name)
             found = _compile(function, symbol)
@@ -106,6 +107,7 @@ def kept() -> Path | None:
         return None
     sources = sorted([_HERE / "fields.py", _HERE / "registers.py", *(_HERE / "code").glob("*.py")])
     about = (
+        *sorted(f"{k}={v}" for k, v in os.environ.items() if k.startswith("NUMBA_") and k not in _NOT_CODE),
         *(version(name) for name in ("numba", "llvmlite")),
         *(llvm.get_process_triple(), llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()),
         *(BLOCK_SIZE, TILE, SCALE_BYTES),
@@ -117,9 +119,12 @@ def kept() -> Path | None:
 
 
 def _read(path: Path) -> bytes | None:
-    """What was kept, None where there is nothing or not all of it."""
+    """What was kept, None where there is nothing, not all of it, or another user's: it will be run."""
     try:
-        whole = path.read_bytes()
+        with path.open("rb") as file:
+            if hasattr(os, "getuid") and os.fstat(file.fileno()).st_uid not in (os.getuid(), 0):
+                return None
+            whole = file.read()
     except OSError:
         return None
     return whole[32:] if hashlib.sha256(whole[32:]).digest() == whole[:32] else None
@@ -128,7 +133,7 @@ def _read(path: Path) -> bytes | None:
 def _write(path: Path, code: bytes) -> None:
     """Keep it, all or nothing: other processes read and write here too."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as apart:
             whole = Path(apart, path.name)
             whole.write_bytes(hashlib.sha256(code).digest() + code)
@@ -158,7 +163,8 @@ def _compile(function: Callable[[Any], None], symbol: str) -> bytes:
     """
     import numba  # only here and in `code`
 
-    made = numba.cfunc(numba.void(numba.types.CPointer(numba.int64)), error_model="numpy")(function)
+    signature = numba.void(numba.types.CPointer(numba.int64))
+    made = numba.cfunc(signature, error_model="numpy", boundscheck=False)(function)
     module = llvm.parse_assembly(made.inspect_llvm())
     for value in (*module.functions, *module.global_variables):
         if not value.is_declaration and value.name != made.native_name:

@@ -43,7 +43,6 @@ def add_norm(
         residual.shape[1],
         float_bits(eps),
         int(kind == "layer"),
-        0,
     )
     return out
 

@@ -111,7 +111,7 @@ class Stack:
         a = self._arguments(hidden, batch, angles)
         began = time.perf_counter()
         start(self.kernel(self._dtype), a, torch.get_num_threads())
-        self.seconds += self._cycles * ((time.perf_counter() - began) / self._cycles.sum())
+        self.seconds += self._cycles * ((time.perf_counter() - began) / max(1, self._cycles.sum()))
         return self._room["delta"][: hidden.shape[0]]
 
     @classmethod

@@ -177,7 +177,7 @@ def attend(  # type: ignore[no-untyped-def]
 
 @inlined
 def _attention_loop(pointer, dtype):  # type: ignore[no-untyped-def]
-    a = numba.carray(pointer, (19,), np.int64)
+    a = numba.carray(pointer, (18,), np.int64)
     items, heads, kv_heads, size, padded = a[1], a[8], a[9], a[10], a[11]
     blocks, sequences, width = a[12], a[13], a[14]
     q = array(a[2], a[15] * heads * size, dtype)

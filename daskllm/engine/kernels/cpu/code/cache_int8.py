@@ -103,7 +103,7 @@ def rope_row(  # type: ignore[no-untyped-def]
     item, qkv, q, keys, key_scales, values, value_scales, positions, slots, cos, sin, q_norm, k_norm, eps,
     heads, kv_heads, size, padded, scratch
 ):  # fmt: skip
-    """As `daskllm.engine.kernels.cpu.rope.rope_row`."""
+    """As `daskllm.engine.kernels.cpu.code.rope.rope_row`."""
     width = (heads + 2 * kv_heads) * size
     angle = positions[item] * (size // 2)
     for h in range(heads):
@@ -169,8 +169,9 @@ def _softmax(  # type: ignore[no-untyped-def]
     scores, weights, row, first, last, factor, key_scales, key, value_scales, value, peaks, sums, alphas,
     parts,
 ):  # fmt: skip
-    """As `daskllm.engine.kernels.cpu.attention`'s; weights times their values' scales, in sixteen bits of a
-    scale in ``parts``. What lies in places that were never written, a scale or a number, may be anything."""
+    """As `daskllm.engine.kernels.cpu.code.attention`'s; weights times their values' scales, in sixteen bits
+    of a scale in ``parts``. What lies in places that were never written, a scale or a number, may be
+    anything."""
     none, zero, each = vsplat(MASKED), vsplat(np.float32(0)), vsplat(factor)
     s0 = vmul(vmul(_joined(scores, row, 0), each), vload(key_scales, key))
     s1 = vmul(vmul(_joined(scores, row, LANES), each), vload(key_scales, key + LANES))
@@ -286,7 +287,7 @@ def blocks_at(pointer, blocks, kv_heads, width, dtype):  # type: ignore[no-untyp
 
 @inlined
 def _rope_loop(pointer, dtype):  # type: ignore[no-untyped-def]
-    a = numba.carray(pointer, (20,), np.int64)
+    a = numba.carray(pointer, (19,), np.int64)
     rows, heads, kv_heads, size, padded = a[1], a[13], a[14], a[15], a[16]
     half = size // 2
     qkv = array(a[2], rows * (heads + 2 * kv_heads) * size, dtype)
@@ -323,7 +324,7 @@ def rope_bf16(pointer):  # type: ignore[no-untyped-def]
 
 @inlined
 def _attention_loop(pointer, dtype):  # type: ignore[no-untyped-def]
-    a = numba.carray(pointer, (19,), np.int64)
+    a = numba.carray(pointer, (18,), np.int64)
     items, heads, kv_heads, size, padded = a[1], a[8], a[9], a[10], a[11]
     q, out = array(a[2], a[15] * heads * size, dtype), array(a[5], a[15] * heads * size, dtype)
     keys, key_scales = blocks_at(a[3], a[12], kv_heads, size, KEY)

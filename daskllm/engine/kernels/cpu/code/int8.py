@@ -1,9 +1,4 @@
-"""Products with int8 weights, by the AMX or VNNI instructions where the machine has them.
-
-A row is quantised by a scale of its own and its sums are whole numbers, so that its bits depend neither on
-its company nor on the order of additions. Weights are kept 128 higher, as unsigned bytes (the instruction
-multiplies unsigned by signed), which each row's sum of inputs takes off again.
-"""
+"""Rows quantised, and their products with int8 weights; `daskllm.engine.kernels.cpu.int8` lays those out."""
 
 from __future__ import annotations
 

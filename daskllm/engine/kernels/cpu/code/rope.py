@@ -138,7 +138,7 @@ def rope_row(  # type: ignore[no-untyped-def]
 
 @inlined
 def _rope_loop(pointer, dtype):  # type: ignore[no-untyped-def]
-    a = numba.carray(pointer, (20,), np.int64)
+    a = numba.carray(pointer, (19,), np.int64)
     rows, heads, kv_heads, size, padded = a[1], a[13], a[14], a[15], a[16]
     width, half = (heads + 2 * kv_heads) * size, size // 2
     qkv = array(a[2], rows * width, dtype)

@@ -97,7 +97,7 @@ def norm_row(item, delta, residual, out, weight, bias, size, eps, layer_norm):  
 
 @inlined
 def _norm_loop(pointer, dtype):  # type: ignore[no-untyped-def]
-    a = numba.carray(pointer, (11,), np.int64)
+    a = numba.carray(pointer, (10,), np.int64)
     rows, size = a[1], a[7]
     residual = array(a[3], rows * size, dtype)
     delta = array(a[2], rows * size if a[2] else 0, dtype)

@@ -52,9 +52,9 @@ __all__ = [
     "write_fetch",
 ]
 
-compiled = numba.njit(error_model="numpy")
+compiled = numba.njit(error_model="numpy", boundscheck=False)
 """For a function that kernels call. None of them raises, nor for a division by zero: nobody would hear."""
-inlined = numba.njit(error_model="numpy", inline="always")
+inlined = numba.njit(error_model="numpy", boundscheck=False, inline="always")
 """As `compiled`, within its caller."""
 
 _F32 = ir.FloatType()
@@ -417,8 +417,8 @@ def _reserve(typingctx, size, dtype):  # type: ignore[no-untyped-def]
 def workspace(size, dtype):  # type: ignore[no-untyped-def]
     """A flat array of ``size`` elements for one thread until its kernel ends, with whatever lies there.
 
-    It is on the stack, so that a kernel can neither run out of it half-way nor forget to give it back: for
-    kernels and what is `inlined` in them, outside of loops.
+    It is on the stack, from where it goes by itself: for kernels and what is `inlined` in them, outside of
+    loops. With 64 query heads of 128 for each key, attention takes 0.8 MB of the 8 that a thread usually has.
     """
     return numba.carray(_reserve(size, dtype), size, dtype)
 

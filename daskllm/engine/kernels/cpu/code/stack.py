@@ -1,8 +1,7 @@
-"""All decoder layers of a step in one call: this room's operations, one after the other, by one team.
+"""The layers of a step, as each thread of the team goes through them; see `daskllm.engine.kernels.cpu.stack`.
 
-A step of a small model is some 250 operations of some 50 µs. Called one by one, each is prepared in Python
-and wakes the threads again, which costs as much as the work; here the threads go through all of them and
-only wait for each other in between. The numbers are those of the operations called one by one, to the bit.
+Threads take shares of a phase and wait for each other behind it. The phases of other weights and caches
+(`stack_int8`, `stack_kv8`) take the place of those here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""All decoder layers of a step in one call, with int8 weights; see `daskllm.engine.kernels.cpu.stack`.
+"""All decoder layers of a step in one call, with int8 weights; see `daskllm.engine.kernels.cpu.code.stack`.
 
 What a product reads is quantised row by row, in the phase that made it or in one of its own behind attention.
 The numbers are those of the operations called one by one, to the bit.
@@ -153,7 +153,7 @@ def _product(a, phase, counters, table, at, size, y_at, out, scratch, dtype):  #
 
 @inlined
 def stack_loop(pointer, dtype, rope, attention, attention_scratch):  # type: ignore[no-untyped-def]
-    """As `daskllm.engine.kernels.cpu.stack.stack_loop`."""
+    """As `daskllm.engine.kernels.cpu.code.stack.stack_loop`."""
     a = numba.carray(pointer, (INT8_FIELDS,), np.int64)
     counters = array(a[COUNTERS_AT], a[LAYERS] * len(INT8_PHASES) * LINE, np.int64)
     clock, times = array(a[CLOCK_AT], 1, np.int64), array(a[TIMES_AT], len(INT8_PHASES), np.int64)
