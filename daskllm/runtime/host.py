@@ -24,9 +24,10 @@ from daskllm import machine
 from daskllm.engine.engine import EngineClosedError
 from daskllm.engine.stage import Flight, Stage, StageTimes, kv_room, open_runner
 from daskllm.runtime.calls import Calls
+from daskllm.runtime.flights import pack, unpack
 from daskllm.runtime.resident import close_model, model_for
 from daskllm.runtime.versions import known, supersede, superseded
-from daskllm.runtime.wire import Courier, Message, ask, pack, unpack
+from daskllm.runtime.wire import Courier, Message, ask
 from daskllm.runtime.worker import set_share
 from daskllm.session import Session
 from daskllm.types import ModelError, StageLostError

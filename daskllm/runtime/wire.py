@@ -1,35 +1,26 @@
-"""Bytes from worker to worker: a request to a handler, messages in order, a step as arrays.
+"""Bytes from worker to worker: a request to a handler, messages in order.
 
-It owns how a `Flight` travels and when a worker counts as gone. It refuses to know what stages do with what
-arrives. Nothing here passes through the scheduler or a client.
+It owns when a worker counts as gone. It refuses to know what is in a message. Nothing here passes through the
+scheduler or a client.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeAlias
 
-import numpy as np
-import torch
 from distributed.comm.core import CommClosedError
 from distributed.core import send_recv
-from distributed.protocol import to_serialize
 
-from daskllm.blocks import array
-from daskllm.engine.batch import Batch
-from daskllm.engine.stage import Flight
 from daskllm.types import StageLostError
 
-__all__ = ["Courier", "Message", "Node", "ask", "pack", "unpack"]
+__all__ = ["Courier", "Message", "Node", "ask"]
 
 CONNECT_SECONDS = 5.0
 """A worker that is there takes milliseconds; Dask's own limit of 30 s would leave callers in the dark."""
 
 Message: TypeAlias = Mapping[str, Any]
-_INTS = ("tokens", "positions", "slots", "tables", "tiles", "wanted")
 
 
 class Node(Protocol):
@@ -93,44 +84,3 @@ class Courier:
                 await ask(self._node, self._address, self._handler, **message)
             except Exception as error:  # a stage that raises fails its step, not those behind it
                 self._failed(message["number"], error)
-
-
-def pack(flight: Flight, run: str) -> Message:
-    """A step as a message: its integers as one array, the residual stream in the bytes of its own type."""
-    parts = [getattr(flight.batch, name).cpu().numpy() for name in _INTS]
-    hidden = None if flight.hidden is None else array.from_torch(flight.hidden.cpu().contiguous())
-    return {
-        "run": run,
-        "number": flight.number,
-        "copies": [list(pair) for pair in flight.copies],
-        "shapes": [list(part.shape) for part in parts],
-        "ints": to_serialize(np.concatenate([part.ravel() for part in parts])),
-        "hidden": None if hidden is None else to_serialize(hidden),
-    }
-
-
-def unpack(
-    number: int,
-    copies: Sequence[Sequence[int]],
-    shapes: Sequence[Sequence[int]],
-    ints: np.ndarray[Any, Any],
-    hidden: np.ndarray[Any, Any] | None,
-    dtype: str,
-    device: str,
-) -> Flight:
-    """The step that `pack` made a message of.
-
-    Args:
-        dtype: of the residual stream.
-        device: where the stage runs.
-    """
-    ends = itertools.accumulate(math.prod(shape) for shape in shapes)
-    parts = np.split(_writable(ints), list(ends)[:-1])
-    tensors = [torch.from_numpy(p).reshape(*s).to(device) for p, s in zip(parts, shapes, strict=True)]
-    stream = None if hidden is None else array.to_torch(_writable(hidden), dtype).to(device)
-    return Flight(number, Batch(*tensors), tuple((a, b) for a, b in copies), stream)
-
-
-def _writable(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Received memory is sometimes read-only, and a runner overwrites the residual stream."""
-    return values if values.flags.writeable else values.copy()

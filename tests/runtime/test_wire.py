@@ -13,7 +13,8 @@ from distributed.protocol import deserialize, serialize
 
 from daskllm.engine.batch import Batch, Chunk
 from daskllm.engine.stage import Flight
-from daskllm.runtime.wire import Courier, ask, pack, unpack
+from daskllm.runtime.flights import pack, unpack
+from daskllm.runtime.wire import Courier, ask
 from daskllm.types import StageLostError
 
 
