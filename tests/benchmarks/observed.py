@@ -4,7 +4,8 @@
 
 Two clusters of one worker stand side by side: one as `daskllm.load` leaves it, with a viewer of the page LLM
 and a scrape of both ``/metrics`` every second; the other without any of it. The same rows are answered by one
-and by the other in turns, in the opposite order each round, and the medians are compared.
+and by the other in turns, in the opposite order each round, and the medians are compared. The viewer stands
+for a browser and a Prometheus on other machines: a process of the lowest priority, there before the rows.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import multiprocessing
+import os
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -45,28 +47,35 @@ def opened(model: Path, observed: bool) -> Iterator[tuple[daskllm.LLM, list[str]
         yield llm, pages if observed else []
 
 
+def view(pages: list[str], opened: Any, over: Any) -> None:
+    """Look at the page and take the metrics, every second."""
+    os.nice(19)
+    session = pull_session(url=f"{pages[0]}/llm")
+    opened.set()
+    while not over.wait(1.0):
+        session.force_roundtrip()  # takes what the page was sent meanwhile
+        for page in pages:
+            urllib.request.urlopen(f"{page}/metrics").read()
+    session.close()
+
+
 @contextmanager
 def watched(pages: list[str]) -> Iterator[None]:
-    """Look at the page and take the metrics, every second."""
-    over = threading.Event()
-
-    def watch() -> None:
-        session = pull_session(url=f"{pages[0]}/llm")
-        while not over.wait(1.0):
-            session.force_roundtrip()  # takes what the page was sent meanwhile
-            for page in pages:
-                urllib.request.urlopen(f"{page}/metrics").read()
-        session.close()
-
-    viewer = threading.Thread(target=watch)
-    if pages:
-        viewer.start()
+    """Have a viewer from before until after."""
+    if not pages:
+        yield
+        return
+    processes = multiprocessing.get_context("spawn")
+    opened, over = processes.Event(), processes.Event()
+    viewer = processes.Process(target=view, args=(pages, opened, over))
+    viewer.start()
+    if not opened.wait(60):
+        raise RuntimeError("the page did not open")
     try:
         yield
     finally:
         over.set()
-        if pages:
-            viewer.join()
+        viewer.join()
 
 
 def speed(llm: daskllm.LLM, prompts: list[list[int]], tokens: int) -> float:
