@@ -17,7 +17,9 @@ from daskllm.blocks import regions
 
 @pytest.fixture(autouse=True)
 def _afresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    # All of them, or what is laid after these tests would begin where models of the tests before lie.
     monkeypatch.setattr(regions, "_region", None)
+    monkeypatch.setattr(regions, "_filled", 0)
     monkeypatch.setattr(regions, "_prepared", None)
     monkeypatch.setattr(regions, "_empty", False)
 
