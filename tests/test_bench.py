@@ -62,6 +62,16 @@ def test_a_profile_says_where_the_time_of_the_run_went(model: Path) -> None:
     assert "profile" not in measure(str(model), WORK)
 
 
+def test_a_profile_counts_weights_in_eight_bits(model: Path) -> None:
+    wide, narrow = (
+        measure(str(model), WORK, profile=True, dtype="float32", quantize=quantize)["profile"]["phases"]
+        for quantize in (None, "int8")
+    )
+    of = {kind: phase["parts"]["linear"] for kind, phase in wide.items()}
+    for kind, phase in narrow.items():
+        assert 0 < phase["parts"]["linear"]["gb"] < of[kind]["gb"]
+
+
 def test_a_profile_is_of_this_process(model: Path) -> None:
     with pytest.raises(ValueError, match="leave workers= out"):
         measure(str(model), WORK, workers=2, profile=True)

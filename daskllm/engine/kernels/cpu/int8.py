@@ -36,7 +36,12 @@ class PackedInt8:
     weight: torch.Tensor
     scales: torch.Tensor
     bias: torch.Tensor | None
-    out: int
+    outputs: int
+
+    @property
+    def inputs(self) -> int:
+        """Of each channel, those that fill it up included."""
+        return 4 * self.weight.shape[1]
 
     @property
     def nbytes(self) -> int:
@@ -74,7 +79,7 @@ class PackedInt8:
         given = (q.data_ptr(), scales.data_ptr(), minus.data_ptr())
         quantise, product = product_kernels(x.dtype, dtype or x.dtype)
         run(quantise, rows, x.data_ptr(), *given, size)
-        y = torch.empty((rows, self.out), dtype=dtype or x.dtype)
+        y = torch.empty((rows, self.outputs), dtype=dtype or x.dtype)
         run(
             product,
             -(-sixteens // INT8_COLUMNS),
@@ -84,7 +89,7 @@ class PackedInt8:
             address(self.bias),
             y.data_ptr(),
             rows,
-            self.out,
+            self.outputs,
             sixteens,
             quads,
         )
