@@ -29,7 +29,8 @@ def local_cluster(workers: int, threads: int = 2, *, secure: bool = False, **opt
     The dashboard is on the loopback address alone; Dask's own default is every interface. Workers have no
     memory limit: daskllm sizes weights and KV cache itself, and Dask's nanny would kill a worker for pages
     of the weights' file. A worker that dies is started again however often it happens; by default, the
-    cluster closes a nanny for good when its worker happens to be down 15 s after an earlier death.
+    cluster closes a nanny for good when its worker happens to be down 15 s after an earlier death. Workers
+    leave Ctrl-C in the terminal to this process, which closes them.
 
     Example:
         >>> with local_cluster(1, threads=1) as cluster, cluster.get_client() as client:
@@ -40,5 +41,7 @@ def local_cluster(workers: int, threads: int = 2, *, secure: bool = False, **opt
         raise ValueError(f"workers and threads must be at least 1, not {workers} and {threads}")
     # Read whenever a worker is lost, so it cannot be set for this call alone.
     dask.config.set(_KEEP_NANNIES)
-    given = {"memory_limit": 0, "dashboard_address": "127.0.0.1:0", "security": secure or None, **options}
+    preload = [*dask.config.get("distributed.worker.preload"), "daskllm.runtime.interrupts"]
+    given = {"memory_limit": 0, "dashboard_address": "127.0.0.1:0", "security": secure or None}
+    given |= {"preload": preload, **options}
     return LocalCluster(n_workers=workers, threads_per_worker=threads, **given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import dask.config
@@ -36,6 +37,18 @@ def test_a_cluster_is_local_and_keeps_a_worker_that_dies_again_and_again(tmp_pat
         first = nanny.pid
         os.kill(first, signal.SIGKILL)
         assert client.submit(os.getpid).result(timeout=30) != first
+
+
+@pytest.mark.cluster
+def test_workers_leave_an_interrupt_to_who_started_them(tmp_path: Path) -> None:
+    with (
+        daskllm.local_cluster(1, threads=1, local_directory=str(tmp_path)) as cluster,
+        Client(cluster) as client,
+    ):
+        first = client.submit(os.getpid, pure=False).result(timeout=30)
+        os.kill(first, signal.SIGINT)
+        time.sleep(0.5)  # a worker that ends does so in a moment
+        assert client.submit(os.getpid, pure=False).result(timeout=30) == first
 
 
 @pytest.mark.cluster
