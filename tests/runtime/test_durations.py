@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import dask
 import pytest
 from distributed import Client
 from distributed.stealing import WorkStealing
@@ -57,6 +58,27 @@ def test_it_hears_of_an_end_before_stealing_does(client: Client) -> None:
     kinds = [type(plugin) for plugin in client.cluster.scheduler.plugins.values()]  # type: ignore[union-attr]
     assert kinds.count(Durations) == 1
     assert kinds.index(Durations) < kinds.index(WorkStealing)
+
+
+def test_a_worker_without_tasks_gets_some_at_once() -> None:
+    """Not only when Dask looks again, which is never here."""
+    with (
+        dask.config.set({"distributed.scheduler.work-stealing-interval": "1h"}),
+        Client(processes=False, n_workers=2, threads_per_worker=1, dashboard_address=None) as client,
+    ):
+        client.run_on_scheduler(learn_durations)
+        busy, idle = client.nthreads()
+        keys = [slice_key(NAME, part, 0) for part in range(6)]
+        waiting = [
+            client.submit(slept, 0.4, key=key, workers=[busy], allow_other_workers=True, pure=False)
+            for key in keys
+        ]
+        while len(client.processing()[busy]) < len(keys):
+            time.sleep(0.01)
+        client.submit(slept, 0.01, workers=[idle], pure=False).result()
+        client.gather(waiting)
+        moved = [key for key, workers in client.who_has(waiting).items() if list(workers) == [idle]]
+        assert moved
 
 
 @pytest.mark.parametrize("key", ["generate", ("generate", 0, 1), ("a-b-0f", 0, 1), ("generate-0f", 1), 7])
