@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -40,7 +40,15 @@ def test_an_error_elsewhere_in_a_run_stops_the_rows(gated: FakeLLM) -> None:
     assert gated.session().interrupted.wait(30)
 
 
-def test_an_interrupt_stops_the_rows(gated: FakeLLM) -> None:
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Ctrl-C raises, also where these tests were begun in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_stops_the_rows(gated: FakeLLM, interrupts: None) -> None:
     out = dd.from_pandas(pd.DataFrame({"text": list("abcd")}), npartitions=2).llm.generate(gated, "text")
     session = gated.session()
 
