@@ -81,7 +81,7 @@ class Durations(SchedulerPlugin):
 
 
 def learn_durations(dask_scheduler: Scheduler) -> None:
-    """See to it that a scheduler learns nothing from empty slices, for `Client.run_on_scheduler`."""
+    """Have a scheduler look after slices as `Durations` does, once; for `Client.run_on_scheduler`."""
     if Durations.name in dask_scheduler.plugins:
         return
     plugin = Durations(dask_scheduler)

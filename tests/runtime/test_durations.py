@@ -70,10 +70,12 @@ def test_a_worker_without_tasks_gets_some_at_once() -> None:
         busy, idle = client.nthreads()
         keys = [slice_key(NAME, part, 0) for part in range(6)]
         waiting = [
-            client.submit(slept, 0.4, key=key, workers=[busy], allow_other_workers=True, pure=False)
+            client.submit(slept, 0.5, key=key, workers=[busy], allow_other_workers=True, pure=False)
             for key in keys
         ]
-        while len(client.processing()[busy]) < len(keys):
+        end = time.monotonic() + 30
+        while len(client.processing()[busy]) < len(keys):  # a scheduler takes a graph in its own time
+            assert time.monotonic() < end, "they never came to the worker"
             time.sleep(0.01)
         client.submit(slept, 0.01, workers=[idle], pure=False).result()
         client.gather(waiting)
