@@ -27,6 +27,7 @@ __all__ = [
     "VECTORS",
     "VECTOR_ROWS",
     "VNNI",
+    "WORDS",
 ]
 
 _ARCH_REQ_XCOMP_PERM, _XTILEDATA = 0x1023, 18  # https://docs.kernel.org/arch/x86/xstate.html
@@ -52,6 +53,8 @@ BFLOAT16 = bool(_FEATURES.get("avx512bf16"))
 """Whether bfloat16 is multiplied, and rounded to, by instructions of its own."""
 VNNI = bool(_FEATURES.get("avx512vnni"))
 """Whether eight-bit integers are multiplied by an instruction of their own."""
+WORDS = bool(_FEATURES.get("avx2")) and not VNNI
+"""Whether there are products of words, to multiply eight-bit integers by."""
 AMX = _amx()
 """Whether products of bfloat16 and of int8 are done in matrix registers."""
 DENIED = AMX and not _granted()

@@ -13,7 +13,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from daskllm.engine.kernels.cpu import registers
-from daskllm.engine.kernels.cpu.code import amx
+from daskllm.engine.kernels.cpu.code import amx, avx2
 from daskllm.engine.kernels.cpu.code.simd import element_pointer, splat
 from daskllm.engine.kernels.cpu.registers import INT8_COLUMNS, INT8_ROWS, LANES
 
@@ -36,6 +36,8 @@ def _dot(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
         kind, name = ir.FunctionType(_VI, [_VI] * 3), "llvm.x86.avx512.vpdpbusd.512"
         function = cgutils.get_or_insert_function(builder.module, kind, name)
         return builder.call(function, (total, unsigned, signed))
+    if registers.WORDS:
+        return avx2.dot(builder, total, unsigned, signed)
     for byte in range(4):  # the same sums on any other machine
         left = builder.and_(builder.lshr(unsigned, _const(8 * byte)), _const(255))
         right = builder.ashr(builder.shl(signed, _const(24 - 8 * byte)), _const(24))
@@ -101,7 +103,8 @@ def dot_tile(typingctx, x, x_at, w, w_at, quads, minus, row, out, cold):  # type
         if registers.AMX:
             builder.call(amx.int8_function(builder.module), [*each, cold_])
         else:
-            builder.call(_tile_function(builder.module), each)
+            tile_function = avx2.tile_function if registers.WORDS else _tile_function
+            builder.call(tile_function(builder.module), each)
         return context.get_dummy_value()
 
     whole = types.intp
