@@ -345,10 +345,7 @@ def _check_kv_dtype(kv_dtype: str, config: DecoderConfig, device: str) -> None:
 def compute_dtype(wanted: str, device: str) -> str:
     """The type that weights of another type are kept and multiplied in.
 
-    A CPU has no float16 arithmetic of its own and some have no bfloat16's either: there the weights are
-    widened to float32, which changes no weight.
+    Kernels for CPUs have no float16: such weights are widened to float32, which changes none of them.
+    Bfloat16 stays as it is, also where a CPU cannot multiply it: it is widened in registers.
     """
-    if device == "cpu":
-        native = {"float32": True, "bfloat16": torch.ops.mkldnn._is_mkldnn_bf16_supported(), "float16": False}
-        return wanted if native[wanted] else "float32"
-    return wanted
+    return "float32" if device == "cpu" and wanted == "float16" else wanted

@@ -108,6 +108,18 @@ def test_greedy_takes_the_first_of_equals() -> None:
     assert choose(row, [state()]) == [5]
 
 
+@pytest.mark.parametrize("vocabulary", [5, 512, 513, 1023, 1536, 5000])
+def test_greedy_takes_what_argmax_takes(vocabulary: int) -> None:
+    drawn = torch.Generator().manual_seed(vocabulary)
+    fine = torch.randn(40, vocabulary, generator=drawn)
+    coarse = torch.randint(0, 3, (40, vocabulary), generator=drawn).float()  # many equals, in many stretches
+    wrong = fine.clone()
+    wrong[torch.arange(40), torch.randint(0, vocabulary, (40,), generator=drawn)] = float("nan")
+    low = torch.full((40, vocabulary), float("-inf"))
+    for rows in (fine, coarse, wrong, low):
+        assert choose(rows.clone(), [state(i) for i in range(40)]) == rows.argmax(-1).tolist()
+
+
 @pytest.mark.parametrize("penalty", [0.5, 1.3])
 def test_repetition_penalty_is_transformers(penalty: float) -> None:
     sequence = state(repetition_penalty=penalty, prompt=(4, 4, 11))

@@ -1,10 +1,10 @@
 """Products of eight-bit integers where a CPU multiplies nothing narrower than words (AVX2).
 
-``VPMADDWD`` adds the products of two neighbouring words, twice as many as a multiply-add of float32 does. Four
-bytes become two pairs of words, the even bytes and the odd ones, which leaves every sum in the lane where the
-instruction for bytes would have it: weights and results are laid out alike on all machines, and the sums are
-the same whole numbers. On two Zen 3 cores, 32 rows of a 135M-parameter model: 30 ms a step for all products,
-float32 66.
+``VPMADDWD`` adds the products of two neighbouring words, twice as many as a multiply-add of float32 does.
+Four bytes become two pairs of words, the even bytes and the odd ones, which leaves every sum in the lane
+where the instruction for bytes would have it: weights and results are laid out alike on all machines, and
+the sums are the same whole numbers. On two Zen 3 cores, the products of 32 rows of a 135M-parameter model
+take 44 ms a step, those of bfloat16 79.
 """
 
 from __future__ import annotations
@@ -53,8 +53,7 @@ def dot(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
             builder.shuffle_vector(one, ir.Constant(lanes, ir.Undefined), mask)
             for one in (total, unsigned, signed)
         )
-        factors = zip(_pairs(builder, left, False), _pairs(builder, right, True), strict=True)
-        for a, b in factors:
+        for a, b in zip(_pairs(builder, left, False), _pairs(builder, right, True), strict=True):
             sums = _add(builder, sums, a, b)
         grown.append(sums)
     return builder.shuffle_vector(*grown, ir.Constant(lanes, list(range(LANES))))
