@@ -60,6 +60,7 @@ inlined = numba.njit(error_model="numpy", boundscheck=False, inline="always")
 _F32 = ir.FloatType()
 _I32 = ir.IntType(32)
 _LINE = 64
+_FIRST, _SECOND = 3, 2  # caches, as ``llvm.prefetch`` numbers them
 VECTOR = ir.VectorType(_F32, LANES)
 _VI = ir.VectorType(_I32, LANES)
 _VH = ir.VectorType(ir.IntType(16), LANES)
@@ -202,24 +203,24 @@ def vload(typingctx, array, index):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def fetch(typingctx, array, index):  # type: ignore[no-untyped-def]
-    """Have the 64 bytes around ``array[index]`` brought into the second cache while other work is done."""
+    """Have the 64 bytes around ``array[index]`` brought into the first cache while other work is done."""
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
         pointer = builder.bitcast(
             element_pointer(context, builder, sig.args[0], *args), ir.IntType(8).as_pointer()
         )
-        write_fetch(builder, pointer)
+        write_fetch(builder, pointer, _FIRST)
         return context.get_dummy_value()
 
     return types.void(array, types.intp), codegen
 
 
-def write_fetch(builder: Any, pointer: Any) -> None:
-    """Write the instruction of `fetch`."""
+def write_fetch(builder: Any, pointer: Any, cache: int = _SECOND) -> None:
+    """Write the instruction of `fetch`, into the second cache if not said otherwise."""
     kind = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    read, second_cache, data = _I32(0), _I32(2), _I32(1)
-    builder.call(function, (pointer, read, second_cache, data))
+    read, data = _I32(0), _I32(1)
+    builder.call(function, (pointer, read, _I32(cache), data))
 
 
 @intrinsic
