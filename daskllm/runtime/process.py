@@ -224,12 +224,13 @@ async def close_session_on(spec: ModelSpec, dask_worker: Worker) -> None:
 
 async def close_idle_on(spec: ModelSpec, seconds: float, dask_worker: Worker) -> bool:
     """As `close_idle` on a worker, for `Client.run`; its stages of the model included."""
-    staged = False
     if spec.chains:
         from daskllm.runtime.stages import host_of
 
-        staged = await host_of(dask_worker).close_idle(spec, seconds)
-    return await asyncio.to_thread(close_idle, spec, seconds) or staged
+        # While it has a stage, maybe one that is still loading, it needs the model's files.
+        if await host_of(dask_worker).close_idle(spec, seconds):
+            return True
+    return await asyncio.to_thread(close_idle, spec, seconds)
 
 
 async def is_open_on(spec: ModelSpec, dask_worker: Worker) -> bool:

@@ -4,9 +4,9 @@
 
 Scheduler, workers (``dask worker --nanny``) and client (``daskllm generate``) are processes of their own,
 each started again by the same command line when it has ended. A worker is killed (SIGKILL) every so many
-seconds, the client when a third of the parts is there, the scheduler when two thirds are. The final table
-must be the undisturbed one's, row for row; the exit status says whether it is. "Recomputed" are rows that an
-engine finished more than once.
+seconds, one that has finished rows, so that the job goes on however slowly workers start; the client when a
+third of the parts is there, the scheduler when two thirds are. The final table must be the undisturbed one's,
+row for row; the exit status says whether it is. "Recomputed" are rows that an engine finished more than once.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Deaths:
             self._kill(run, "scheduler")
         if self._next is None:
             self._next = run.seconds if run.rows_made() else None
-        elif run.seconds >= self._next and (pids := run.worker_pids()):
+        elif run.seconds >= self._next and (pids := run.working_pids()):
             with suppress(ProcessLookupError):
                 os.kill(self._draw.choice(pids), signal.SIGKILL)
                 run.note("worker")

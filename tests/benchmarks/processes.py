@@ -136,6 +136,10 @@ class Run:
         """The workers' own processes that are up, not those of their nannies."""
         return [int(path.name) for path in self.place.glob("pids/*") if _runs(int(path.name))]
 
+    def working_pids(self) -> list[int]:
+        """Those of them that have finished rows."""
+        return [pid for pid in self.worker_pids() if (self.place / "rows" / str(pid)).exists()]
+
 
 def _runs(pid: int) -> bool:
     with suppress(OSError):

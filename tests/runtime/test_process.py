@@ -1,15 +1,28 @@
 from __future__ import annotations
 
+import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from distributed import Client
 
 from daskllm.runtime import process
-from daskllm.runtime.process import close_idle, close_session, is_open, open_session_on, session_for, using
-from daskllm.types import ModelError
+from daskllm.runtime.process import (
+    close_idle,
+    close_idle_on,
+    close_session,
+    is_open,
+    open_session_on,
+    session_for,
+    using,
+)
+from daskllm.runtime.resident import close_model, model_for, open_models
+from daskllm.types import ModelError, ModelSpec, StageSpec
+from tests import tiny
 from tests.fake_session import FakeLLM, FakeSpec
 
 
@@ -80,3 +93,26 @@ def test_what_is_idle_for_long_is_closed_and_what_is_in_use_is_not(fake: FakeLLM
     assert not is_open(spec)
     assert session.closed  # type: ignore[attr-defined]
     assert not close_idle(spec, 0.0)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_worker_with_a_stage_keeps_the_model_s_files(
+    held: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage that loads for longer than a lease lasts must not have them closed under it."""
+    path = tiny.make_model("llama-gqa", tmp_path / "model")
+    spec = ModelSpec(path=str(path), stages=(StageSpec("here", ("embed",)), StageSpec("there", ("head",))))
+
+    async def close(spec: ModelSpec, seconds: float) -> bool:
+        return held
+
+    monkeypatch.setattr("daskllm.runtime.stages.host_of", lambda worker: SimpleNamespace(close_idle=close))
+    model = model_for(spec)
+    try:
+        worker: Any = None
+        assert asyncio.run(close_idle_on(spec, 0.0, worker)) == held
+        assert (spec in open_models()) == held
+        if held:
+            model.load(["embed"])
+    finally:
+        close_model(spec)
