@@ -16,9 +16,9 @@ from numba.core import cgutils
 
 from daskllm.engine.kernels.cpu.registers import INT8_COLUMNS, INT8_ROWS, LANES
 
-__all__ = ["dot", "tile_function"]
+__all__ = ["dot", "write_tile"]
 
-_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+_I16, _I32, _I64 = (ir.IntType(bits) for bits in (16, 32, 64))
 _HALVES = 2
 _HALF = ir.VectorType(_I32, LANES // _HALVES)
 _WORDS = ir.VectorType(_I16, LANES)
@@ -59,32 +59,20 @@ def dot(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
     return builder.shuffle_vector(*grown, ir.Constant(lanes, list(range(LANES))))
 
 
-def tile_function(module: Any) -> Any:
-    """``(x, w, quads, minus, out)`` over one tile; see `vnni.dot_tile`.
+def write_tile(builder: Any, x: Any, w: Any, quads: Any, minus: Any, out: Any) -> None:
+    """Write the instructions of one tile; see `vnni.dot_tile`.
 
     Rows are split into words once for all channels; then sixteen channels at a time, since that is what the
     registers hold: eight sums, and the words of their weights.
     """
-    name = "daskllm_int8_tile"
-    if name in module.globals:
-        return module.globals[name]
-    bytes_, ints = _I8.as_pointer(), _I32.as_pointer()
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [bytes_, bytes_, _I64, ints, ints]), name)
-    function.linkage = "internal"
-    function.attributes.add("noinline")
-    builder = ir.IRBuilder(function.append_basic_block("entry"))
-    x, w, quads, minus, out = function.args
     count = builder.mul(quads, _I64(INT8_ROWS))
     even, odd = (builder.alloca(_I32, size=count) for _ in range(2))
-    _split(builder, builder.bitcast(x, ints), count, even, odd)
+    _split(builder, builder.bitcast(x, _I32.as_pointer()), count, even, odd)
     width = builder.mul(_I64(4), quads)
     for column in range(INT8_COLUMNS):
-        weights = builder.bitcast(
-            builder.gep(w, [builder.mul(_I64(LANES * column), width)]), _HALF.as_pointer()
-        )
+        place = builder.gep(w, [builder.mul(_I64(LANES * column), width)])
+        weights = builder.bitcast(place, _HALF.as_pointer())
         _channels(builder, weights, quads, (even, odd), minus, builder.gep(out, [_I64(LANES * column)]))
-    builder.ret_void()
-    return function
 
 
 def _split(builder: Any, x: Any, count: Any, even: Any, odd: Any) -> None:

@@ -56,6 +56,10 @@ def _tile_function(module: Any) -> Any:
     function.linkage = "internal"
     function.attributes.add("noinline")
     builder = ir.IRBuilder(function.append_basic_block("entry"))
+    if registers.WORDS:
+        avx2.write_tile(builder, *function.args)
+        builder.ret_void()
+        return function
     x, w, quads, minus, out = function.args
     width = builder.mul(_I64(4), quads)
     rows = [builder.bitcast(builder.gep(x, [builder.mul(_I64(r), width)]), words) for r in range(INT8_ROWS)]
@@ -103,8 +107,7 @@ def dot_tile(typingctx, x, x_at, w, w_at, quads, minus, row, out, cold):  # type
         if registers.AMX:
             builder.call(amx.int8_function(builder.module), [*each, cold_])
         else:
-            tile_function = avx2.tile_function if registers.WORDS else _tile_function
-            builder.call(tile_function(builder.module), each)
+            builder.call(_tile_function(builder.module), each)
         return context.get_dummy_value()
 
     whole = types.intp
