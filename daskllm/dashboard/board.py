@@ -189,7 +189,7 @@ class Job:
         etas = [state.eta for state in states]
         shares = [state.share for state in states if state.share is not None]
         return State(
-            rows=min(self.counts["rows"], sum(t or 0 for t in totals) or self.counts["rows"]),
+            rows=sum(state.rows for state in states),
             total_rows=None if not totals or None in totals else sum(t for t in totals if t is not None),
             errors=self.counts["errors"],
             remembered=self.counts["remembered"],

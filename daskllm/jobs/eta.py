@@ -51,7 +51,7 @@ class State:
         total_rows: of the job; None where that is not known yet.
         errors, remembered: of the rows answered.
         prompt_tokens, output_tokens: read and generated, for rows under way too.
-        tokens_per_second: generated, over the last three quarters of the time.
+        tokens_per_second: generated, over the last three quarters of the time; 0.0 before that can be told.
         seconds: since its first event.
         share: of the work that is done, 0 to 1; None before that can be told.
         eta: seconds that are left; None before that can be told.
@@ -81,9 +81,14 @@ class State:
         left = "" if self.eta is None else f", {duration(self.eta)} left"
         share = "" if self.share is None else f" ({self.share:.0%})"
         return (
-            f"{self.rows:,}{of} rows{share}, {self.output_tokens:,} tokens, "
-            f"{self.tokens_per_second:,.0f} tokens/s, {self.errors:,} errors{left}"
+            f"{self.rows:,}{of} rows{share}, {self.output_tokens:,} tokens, {self.speed}"
+            f"{self.errors:,} errors{left}"
         )
+
+    @property
+    def speed(self) -> str:
+        """``"30 tokens/s, "``, and nothing where it cannot be told."""
+        return f"{self.tokens_per_second:,.0f} tokens/s, " if self.tokens_per_second else ""
 
     def _repr_html_(self) -> str:
         return markup.progress(self.share, self)
@@ -99,16 +104,7 @@ class _Task:
     rows: int = 0
 
 
-_SUMMED = (
-    "rows",
-    "errors",
-    "remembered",
-    "prompt_tokens",
-    "reused_tokens",
-    "output_tokens",
-    "cut_rows",
-    "cut_tokens",
-)
+_SUMMED = ("rows", "errors", "remembered", "prompt_tokens", "reused_tokens", "output_tokens")
 _BEGUN = ("begun_rows", "begun_tokens", "begun_estimate")
 
 
@@ -139,7 +135,6 @@ class Eta:
         self._total_parts, self._parts = calls * len(parts or ()), Partitions(parts or ())
         self._lock = threading.Lock()
         self._sum: Counter[str] = Counter()
-        self._cuts = 0
         self._ended: Counter[int] = Counter()
         self._prompts, self._answers = Trend(), Trend()
         self._tasks: dict[str, _Task] = {}
@@ -162,8 +157,6 @@ class Eta:
                 self._first = now  # opening the model is no work of the rows
             for name in (*_SUMMED, *_BEGUN):
                 self._sum[name] += getattr(new, name)
-            if new.cut_rows:
-                self._cuts += 1
             self._parts.take(new)
             self._ended.update(dict(new.ended))
             generated = new.rows - new.errors - new.remembered
@@ -205,11 +198,12 @@ class Eta:
         """How far the job is."""
         now = time.monotonic() if now is None else now
         with self._lock:
-            rows, total = self._sum["rows"], self._total_rows()
+            rows, total = self._parts.answered, self._total_rows()
             if self._first is None:
                 return State(total_rows=total)
             _, read, made = self._done()
             since, _, first_made = self._window(now)
+            generated = self._work()[1] - first_made
             done_rows = rows if total is None else min(rows, total)
             share, eta = self._left(now) if total is not None else (None, None)
             if total is not None and rows >= total:
@@ -221,7 +215,7 @@ class Eta:
                 remembered=self._sum["remembered"],
                 prompt_tokens=read,
                 output_tokens=made,
-                tokens_per_second=(made - first_made) / max(1e-9, now - since),
+                tokens_per_second=generated / max(1e-9, now - since),
                 seconds=now - self._first,
                 share=share,
                 eta=eta,
@@ -232,9 +226,9 @@ class Eta:
     def _total_rows(self) -> int | None:
         if self._known_rows is not None:
             return self._known_rows
-        if not self._total_parts or not self._cuts:
+        if not self._total_parts or not self._parts.cuts:
             return None
-        return round(self._sum["cut_rows"] * max(1.0, self._total_parts / self._cuts))
+        return round(self._parts.cut_rows * max(1.0, self._total_parts / self._parts.cuts))
 
     def _done(self) -> tuple[int, int, int]:
         """Rows answered by the model, tokens read and generated, rows under way included."""
@@ -320,9 +314,9 @@ class Eta:
         rests = [] if lengths is None else [lengths.rest(made) for _, made in running]
         waiting = max(0.0, asked * begun - answered - len(running) / max(1, samples))
         unread = max(0.0, asked * known["begun_tokens"] - read)
-        cut = max(0, known["cut_rows"] - begun)
-        uncut = max(0, total - max(known["cut_rows"], begun))
-        estimate = uncut * size + max(0, known["cut_tokens"] - known["begun_estimate"])
+        cut = max(0, self._parts.cut_rows - begun)
+        uncut = max(0, total - max(self._parts.cut_rows, begun))
+        estimate = uncut * size + max(0, self._parts.cut_tokens - known["begun_estimate"])
         prompts = (cut + uncut) * self._prompts.found(estimate / (cut + uncut)) if cut + uncut else 0.0
         to_read, rows = unread + asked * prompts, waiting + asked * (cut + uncut)
         if rows:

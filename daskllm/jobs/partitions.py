@@ -23,10 +23,15 @@ class Partitions:
     """Takes a table's increments, and tells of its partitions that are not done.
 
     To take one costs the same however many partitions there are; `size` and `computed` go over all of them
-    when they are asked for after news.
+    when they are asked for after news. A partition that was lost is cut and answered again, and counts once.
 
     Args:
         numbers: of all partitions; none where nobody knows.
+
+    Attributes:
+        cuts: how many partitions were cut, of all jobs together.
+        cut_rows, cut_tokens: the rows of those, and about how many tokens their prompts have.
+        answered: rows answered, of a partition at most those that it has.
 
     Example:
         >>> partitions = Partitions(range(10))
@@ -40,15 +45,18 @@ class Partitions:
         self._numbers: Ints = np.array(sorted(numbers), np.int64)
         # Of each partition its rows and the estimate of their prompts; what was answered, read and reused.
         self._jobs: dict[str, Ints] = {}
+        self.cuts = self.cut_rows = self.cut_tokens = self.answered = 0
         self._news = False
         self._told = 0.0, 1.0
 
     def take(self, new: Increment) -> None:
         """Take one event."""
-        figures = self._figures(new.job, new.part)
+        figures = self._figures(new.job, new.part)[:, new.part]
+        self._count(figures, -1)
         if new.cut_rows:  # set, not added: a cut that was lost runs again
-            figures[:2, new.part] = new.cut_rows, new.cut_tokens
-        figures[2:, new.part] += (new.rows, new.prompt_tokens, new.reused_tokens)
+            figures[:2] = new.cut_rows, new.cut_tokens
+        figures[2:] += (new.rows, new.prompt_tokens, new.reused_tokens)
+        self._count(figures, +1)
         self._news = True
 
     @property
@@ -60,6 +68,14 @@ class Partitions:
     def computed(self) -> float:
         """What part of the prompts' tokens that are still to come has to be computed."""
         return self._tell()[1]
+
+    def _count(self, figures: Ints, sign: int) -> None:
+        """Add a partition's figures to those of all, or take them away."""
+        rows, estimate, answered = (int(figure) for figure in figures[:3])
+        self.cuts += sign * (rows > 0)
+        self.cut_rows += sign * rows
+        self.cut_tokens += sign * estimate
+        self.answered += sign * (min(answered, rows) if rows else answered)
 
     def _figures(self, job: str, part: int) -> Ints:
         """Of a job int64 ``[5, numbers]``, with room for that partition."""

@@ -133,4 +133,4 @@ def _show(bar: Any, state: State, done: int) -> None:
     bar.total = None if state.total_rows is None else done + state.total_rows
     bar.n = done + state.rows
     left = "" if not state.eta else f", {duration(state.eta)} left"
-    bar.set_postfix_str(f"{state.tokens_per_second:,.0f} tokens/s, {state.errors:,} errors{left}")
+    bar.set_postfix_str(f"{state.speed}{state.errors:,} errors{left}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,17 +20,9 @@ from daskllm import demo
 from daskllm.jobs import background
 from daskllm.runtime.process import session_for
 from tests.fake_session import FakeLLM
+from tests.waiting import eventually
 
 TABLE = pd.DataFrame({"text": [f"row {i}" for i in range(40)]})
-
-
-def until(true: Callable[[], Any], seconds: float = 30.0) -> Any:
-    """What it gives once that is true; what is waited for is a state, whenever it comes."""
-    end = time.monotonic() + seconds
-    while not (found := true()):
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    return found
 
 
 def answers(llm: FakeLLM, partitions: int = 4) -> Any:
@@ -47,7 +38,7 @@ EXPECTED = [f"<row {i}>" for i in range(40)]
 
 def test_a_thread_of_this_process(gated: FakeLLM, tmp_path: Path) -> None:
     job = answers(gated).llm.submit(str(tmp_path / "out"), name="here")
-    until(lambda: gated.rows)
+    eventually(lambda: gated.rows)
     assert job.status() == "running"
     assert jobs.find("here") is job
     assert repr(job) == f"<job 'here' that writes {tmp_path / 'out'}>"
@@ -64,7 +55,7 @@ def test_a_thread_of_this_process(gated: FakeLLM, tmp_path: Path) -> None:
 
 def test_a_thread_is_cancelled_and_goes_on_from_there(gated: FakeLLM, tmp_path: Path) -> None:
     job = answers(gated).llm.submit(str(tmp_path / "out"), name="stopped")
-    until(lambda: gated.rows)
+    eventually(lambda: gated.rows)
     job.cancel()
     assert session_for(gated.spec).interrupted.wait(10)  # type: ignore[arg-type,attr-defined]
     with pytest.raises(InterruptedError):
@@ -116,7 +107,7 @@ def test_a_job_outlives_its_client_and_is_found_by_name(
 ) -> None:
     with Client(two_processes_cluster) as first:
         job = answers(gated).llm.submit(str(tmp_path / "out"), name="night", priority=-3)
-        until(lambda: gated.rows)
+        eventually(lambda: gated.rows)
         assert job.status() == "running"
         assert jobs.queue(first)[-3]["running"] > 0
     with Client(two_processes_cluster) as second:
@@ -124,7 +115,7 @@ def test_a_job_outlives_its_client_and_is_found_by_name(
         assert (found.name, found.path, found.priority) == ("night", str(tmp_path / "out"), -3)
         assert "night" in jobs.names(second)
         assert found.status() == "running"
-        until(lambda: found.progress().total_rows == 40)
+        eventually(lambda: found.progress().total_rows == 40)
         with pytest.raises(ValueError, match="'night' is running"):
             answers(gated).llm.submit(str(tmp_path / "other"), name="night")
         Path(str(gated.spec.gate)).touch()
@@ -145,11 +136,11 @@ def test_a_job_is_cancelled_by_whoever_finds_it(
         Client(two_processes_cluster, set_as_default=False) as second,
     ):
         job = answers(gated).llm.submit(str(tmp_path / "out"), name="unwanted", priority=5)
-        until(lambda: gated.rows)
+        eventually(lambda: gated.rows)
         jobs.find("unwanted", second).cancel()
-        until(lambda: not jobs.queue(first))
-        until(lambda: all(not running for running in first.run(_running, gated.spec).values()))
-        assert until(lambda: job.status() == "cancelled")
+        eventually(lambda: not jobs.queue(first))
+        eventually(lambda: all(not running for running in first.run(_running, gated.spec).values()))
+        assert eventually(lambda: job.status() == "cancelled")
         assert jobs.find("unwanted", first).status() == "cancelled"
         with pytest.raises(InterruptedError):
             job.result(timeout=10)
@@ -178,17 +169,17 @@ def test_a_job_ends_well_though_its_model_was_let_go_meanwhile(
             llm.generate("A", max_tokens=1)  # where kernels are not compiled yet, they are now
             late.llm.chat(llm, "prompt", max_tokens=64).llm.submit(str(tmp_path / "out"), name=name)
             if leave == "model":
-                until(lambda: _done(tmp_path / "out") >= 3)
+                eventually(lambda: _done(tmp_path / "out") >= 3)
                 llm.close()
-        until(lambda: _done(tmp_path / "out") >= 3)
-        until(lambda: daskllm.loaded(watcher).empty)
+        eventually(lambda: _done(tmp_path / "out") >= 3)
+        eventually(lambda: daskllm.loaded(watcher).empty)
         job = jobs.find(name, watcher)
         assert job.status() == "running"
         gate.touch()
         assert job.result(timeout=120).rows == 24
         assert demo.share_right(pd.read_parquet(tmp_path / "out")) >= 0.9
         # And it is let go again, by whichever worker opened it for the job.
-        until(lambda: daskllm.loaded(watcher).empty)
+        eventually(lambda: daskllm.loaded(watcher).empty)
 
 
 @pytest.mark.cluster
@@ -202,12 +193,12 @@ def test_closing_a_model_waits_for_the_rows_of_a_job(
         llm.generate("A", max_tokens=1)
         out = table.llm.chat(llm, "prompt", max_tokens=400, ignore_eos=True)
         job = out.llm.submit(str(tmp_path / "out"), name=name)
-        until(lambda: job.progress().output_tokens)
+        eventually(lambda: job.progress().output_tokens)
         llm.close()
         assert job.result(timeout=120).rows == 24
         written = pd.read_parquet(tmp_path / "out")
         assert set(written["generated_completion_tokens"]) == {400}
-        until(lambda: daskllm.loaded(client).empty)
+        eventually(lambda: daskllm.loaded(client).empty)
 
 
 def _once_there(rows: pd.DataFrame, gate: str) -> pd.DataFrame:

@@ -234,9 +234,30 @@ def test_rows_are_told_from_partitions() -> None:
     eta.take(Increment(cut_rows=100, cut_tokens=1000, task="cut"), 1.0)
     assert eta.state(2.0).total_rows == 400
     assert eta.state(2.0).eta is None
-    for _ in range(3):
-        eta.take(Increment(cut_rows=60, cut_tokens=600, task="cut"), 2.0)
+    for part in range(1, 4):
+        eta.take(Increment(cut_rows=60, cut_tokens=600, task="cut", part=part), 2.0)
     assert eta.state(2.0).total_rows == 280
+
+
+def test_a_partition_that_is_lost_counts_once() -> None:
+    eta = Eta(PARAMS, parts=range(2))
+    for part in (0, 1, 0):  # the first one's worker died
+        eta.take(Increment(cut_rows=10, cut_tokens=100, task="cut", part=part), 0.0)
+        told = {"rows": 10, "prompt_tokens": 100, "output_tokens": 50}
+        eta.take(Increment(**told, task=f"slice-{part}", part=part), 1.0)
+        assert eta.state(1.0).total_rows == 20
+    assert eta.state(1.0).rows == 20
+
+
+def test_a_speed_is_never_negative_and_not_told_before_it_is_known() -> None:
+    eta = Eta(PARAMS, rows=100)
+    eta.take(Increment(under_way=((10, 400),), task="lost", costs=(0.1, 0.1, 0.1), worker="a"), 0.0)
+    assert "tokens/s" not in str(eta.state(0.0))
+    eta.take(Increment(under_way=((10, 800),), task="lost"), 8.0)
+    assert "50 tokens/s" in str(eta.state(8.0))
+    eta.take(Increment(begun_rows=1, begun_tokens=10, begun_estimate=10, task="again"), 40.0)
+    assert eta.state(40.0).output_tokens == 0
+    assert eta.state(40.0).tokens_per_second >= 0
 
 
 def test_tokens_that_were_found_take_no_time_and_as_many_will_be_found() -> None:

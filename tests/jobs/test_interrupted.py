@@ -9,8 +9,7 @@ import signal
 import string
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from daskllm.jobs import prepare, run
 from tests import tiny
 from tests.fake_session import FakeLLM, FakeSpec
 from tests.jobs.client import answered
+from tests.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
 ROWS, PARTS = 40, 8
@@ -41,14 +41,6 @@ def rows(tmp_path: Path) -> Path:
         text = [f"row {n}" for n in range(part * 5, part * 5 + 5)]
         pd.DataFrame({"text": text}).to_parquet(path / f"{part}.parquet")
     return path
-
-
-def eventually(what: Callable[[], bool]) -> None:
-    """Fails when ``what()`` never holds."""
-    end = time.monotonic() + 60
-    while not what():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.02)
 
 
 def files(path: Path) -> dict[str, tuple[int, int]]:

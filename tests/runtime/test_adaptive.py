@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +14,7 @@ from distributed import Client, LocalCluster
 import daskllm
 from daskllm import demo
 from tests.fake_session import FakeLLM
+from tests.waiting import eventually
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +28,6 @@ def cluster() -> Iterator[LocalCluster]:
 def client(cluster: LocalCluster) -> Iterator[Client]:
     with Client(cluster) as client:
         yield client
-
-
-def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def workers(client: Client) -> int:
@@ -51,11 +45,11 @@ def duration(client: Client) -> float:
 @pytest.mark.cluster
 def test_workers_come_with_rows_and_go_after_them(client: Client, gated: FakeLLM) -> None:
     table = from_pandas(pd.DataFrame({"text": [f"row {i}" for i in range(640)]}), npartitions=20)
-    until(lambda: workers(client) == 0)
+    eventually(lambda: workers(client) == 0)
     future = client.compute(table.llm.generate(gated, "text"))
-    until(lambda: workers(client) == 2)
+    eventually(lambda: workers(client) == 2)
     # Tasks have left their pools by now, after some milliseconds, which nothing has been learnt from.
-    until(lambda: client.run_on_scheduler(_away) > 2)
+    eventually(lambda: client.run_on_scheduler(_away) > 2)
     began = time.monotonic()
     assert duration(client) < 0
     Path(str(gated.spec.gate)).touch()
@@ -63,7 +57,7 @@ def test_workers_come_with_rows_and_go_after_them(client: Client, gated: FakeLLM
     assert gated.rows == 640  # none was done twice because its worker was sent away
     assert duration(client) > 0
     del future
-    until(lambda: workers(client) == 0)
+    eventually(lambda: workers(client) == 0)
     assert time.monotonic() > began
 
 
@@ -73,7 +67,7 @@ def _away(dask_scheduler: object) -> int:
 
 @pytest.mark.cluster
 def test_a_model_is_loaded_where_there_is_no_worker_yet(client: Client) -> None:
-    until(lambda: workers(client) == 0)
+    eventually(lambda: workers(client) == 0)
     with pytest.raises(ValueError, match="has no workers.*stages=1"):
         daskllm.load(demo.model_path(), client=client)
     llm = daskllm.load(demo.model_path(), client=client, stages=1)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import dask.config
@@ -14,6 +13,7 @@ import daskllm
 from daskllm import demo
 from daskllm.runtime.leases import grace
 from tests.tiny import make_model
+from tests.waiting import eventually
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +26,6 @@ def cluster() -> Iterator[LocalCluster]:
 def short() -> Iterator[None]:
     with dask.config.set({"daskllm.lease": "300ms"}):
         yield
-
-
-def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_a_minute_unless_told_otherwise() -> None:
@@ -64,10 +57,10 @@ def test_a_model_stays_until_the_last_of_its_clients_is_gone(cluster: LocalClust
         one.close()  # the other client has it still
         assert there() == {str(demo.model_path()): 1, str(other): 1}
         first.close()
-        until(lambda: there() == {str(demo.model_path()): 1})
+        eventually(lambda: there() == {str(demo.model_path()): 1})
         assert same.generate("A", max_tokens=2).finish_reason in ("length", "stop")
         second.close()
-        until(lambda: there() == {})
+        eventually(lambda: there() == {})
 
 
 @pytest.mark.cluster
@@ -79,7 +72,7 @@ def test_a_model_in_stages_goes_too_and_keeps_its_workers_while_it_is_wanted(clu
         assert watcher.run_on_scheduler(lambda dask_scheduler: dask_scheduler.workers_to_close(n=1)) == []
         assert llm.generate("A", max_tokens=2).completion_tokens >= 1
         client.close()
-        until(lambda: daskllm.loaded(watcher).empty)
+        eventually(lambda: daskllm.loaded(watcher).empty)
         close = watcher.run_on_scheduler(lambda dask_scheduler: dask_scheduler.workers_to_close(n=1))
         assert len(close) == 1
 

@@ -3,8 +3,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,17 +16,11 @@ import pytest
 from daskllm.llm import LLM
 from daskllm.runtime.process import session_for
 from tests.fake_session import FakeLLM
-
-
-def wait_until(what: Callable[[], Any]) -> None:
-    end = time.monotonic() + 30
-    while not what():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.01)
+from tests.waiting import eventually
 
 
 def _broken(part: pd.DataFrame, spec: Any) -> pd.DataFrame:
-    wait_until(lambda: session_for(spec).running)  # type: ignore[attr-defined]
+    eventually(lambda: session_for(spec).running)  # type: ignore[attr-defined]
     raise OSError("the disk is gone")
 
 
@@ -53,7 +46,7 @@ def test_an_interrupt_stops_the_rows(gated: FakeLLM, interrupts: None) -> None:
     session = gated.session()
 
     def interrupt() -> None:
-        wait_until(lambda: session.running == 2)
+        eventually(lambda: session.running == 2)
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
@@ -79,7 +72,7 @@ def _interrupted(gated: FakeLLM, max_tokens: int) -> None:
     with pytest.raises(OSError, match="disk"):
         dd.concat([answered, broken]).compute(scheduler="threads", num_workers=2)
     assert session.interrupted.wait(30)
-    wait_until(lambda: session.running == 0)
+    eventually(lambda: session.running == 0)
 
 
 def test_rows_stop_in_and_after_runs_that_overlap(gated: FakeLLM) -> None:
@@ -104,7 +97,7 @@ def test_a_bag_of_rows_stops_though_another_run_is_under_way(gated: FakeLLM) -> 
 
     @dask.delayed
     def broken() -> None:
-        wait_until(lambda: session.running)
+        eventually(lambda: session.running)
         raise OSError("the disk is gone")
 
     bag = llm.generate(db.from_sequence(["a"], npartitions=1))

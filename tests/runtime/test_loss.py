@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from daskllm.runtime.process import session_for
 from daskllm.runtime.progress import Increment, follow
 from daskllm.types import ModelSpec
 from tests import tiny
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.cluster
 
@@ -49,14 +49,6 @@ def cluster() -> Iterator[LocalCluster]:
         n_workers=1, threads_per_worker=1, memory_limit=0, dashboard_address="127.0.0.1:0"
     ) as cluster:
         yield cluster
-
-
-def eventually(what: Callable[[], bool]) -> None:
-    """Fails when ``what()`` never holds."""
-    end = time.monotonic() + 60
-    while not what():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.02)
 
 
 def process_of(client: Client, worker: str) -> int:

@@ -6,7 +6,6 @@ import asyncio
 import os
 import shutil
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,20 +34,12 @@ from daskllm.runtime.stages import StagePlugin
 from daskllm.text.tokenizer import Tokenizer
 from daskllm.types import ModelError, ModelSpec
 from tests import tiny
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.cluster
 
 RANGE = 16 << 10
 PROMPTS = [f"row {i} " * (1 + i % 5) for i in range(12)]
-
-
-def wait_until(what: Callable[[], Any]) -> Any:
-    """Fails when ``what()`` never holds."""
-    end = time.monotonic() + 60
-    while not (found := what()):
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.02)
-    return found
 
 
 def spec_of(path: Path) -> ModelSpec:
@@ -309,7 +300,7 @@ def join(client: Client, cluster: LocalCluster) -> str:
     """The address of one worker more."""
     before = set(client.nthreads())
     cluster.scale(len(cluster.worker_spec) + 1)
-    (joined,) = wait_until(lambda: set(client.nthreads()) - before)
+    (joined,) = eventually(lambda: set(client.nthreads()) - before)
     return str(joined)
 
 
@@ -431,7 +422,7 @@ def test_a_holder_that_dies_while_it_serves_costs_a_retry(
         return traffic(client)[lost]["served"] - before[lost]["served"]
 
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    wait_until(lambda: given() > 0)
+    eventually(lambda: given() > 0)
     assert 0 < given() < size
     assert not out.done()
     os.kill(pids[lost], signal.SIGKILL)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from daskllm.runtime.resident import model_for
 from daskllm.runtime.stages import host_of
 from daskllm.types import ModelError, ModelSpec
 from tests import tiny
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.cluster
 
@@ -70,14 +70,6 @@ async def steps_on(dask_worker: Worker) -> tuple[int, int]:
     return used, sum(s.metrics.steps for s in sessions)
 
 
-def wait_until(what: Any) -> None:
-    """Fails when ``what()`` never holds."""
-    end = time.monotonic() + 40
-    while not what():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.02)
-
-
 def test_two_hold_the_model_and_the_others_answer_through_them(
     four: Client, path: Path, expected: list[Any]
 ) -> None:
@@ -117,7 +109,7 @@ def test_a_copy_that_is_lost_costs_no_answer(four: Client, path: Path, expected:
     seen: list[int] = []
 
     def kill() -> None:
-        wait_until(lambda: four.run(steps_on, workers=[lost])[lost][0] > 0)
+        eventually(lambda: four.run(steps_on, workers=[lost])[lost][0] > 0)
         seen.append(four.run(steps_on, workers=[lost])[lost][0])
         os.kill(pids[lost], signal.SIGKILL)
 
@@ -129,7 +121,7 @@ def test_a_copy_that_is_lost_costs_no_answer(four: Client, path: Path, expected:
     assert seen[0] > 0  # it was in the middle
     assert [answer.token_ids[:40] for answer in first] == [a.token_ids for a in expected] * 3
     # It is on another worker by and by, and the copy that lived has not moved.
-    wait_until(lambda: len(holding(llm)) == 2)
+    eventually(lambda: len(holding(llm)) == 2)
     held = holding(llm)
     assert other in held
     assert lost not in held
@@ -141,7 +133,7 @@ def test_a_copy_that_is_lost_costs_no_answer(four: Client, path: Path, expected:
 
 
 def test_two_chains_of_two_stages(four: Client, path: Path, expected: list[Any]) -> None:
-    wait_until(lambda: len(four.nthreads()) == 4)
+    eventually(lambda: len(four.nthreads()) == 4)
     llm = daskllm.load(path, client=four, stages=2)
     assert [len(chain) for chain in llm.spec.replicas] == [2, 2]
     assert llm.generate(PROMPTS * 2, **SAMPLING) == expected * 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +14,7 @@ from distributed import Client, LocalCluster
 
 from daskllm.runtime.stages import StagePlugin
 from tests.fake_session import FakeLLM, FakeSpec
+from tests.waiting import eventually
 
 ROWS, FINISHED = 5 * 128, 4
 
@@ -28,14 +28,6 @@ def client() -> Iterator[Client]:
     ):
         client.register_plugin(StagePlugin())
         yield client
-
-
-def eventually(what: Callable[[], bool]) -> None:
-    """Fails when ``what()`` never holds."""
-    end = time.monotonic() + 60
-    while not what():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.02)
 
 
 def retired(client: Client, worker: str) -> None:

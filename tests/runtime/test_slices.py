@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from daskllm.runtime.tasks import answer_rows
 from daskllm.runtime.worker import ROWS_IN_HAND
 from daskllm.types import SamplingParams
 from tests.fake_session import FakeLLM, FakeSpec
+from tests.waiting import eventually
 
 
 def ask(fake: FakeLLM, **fields: Any) -> Call:
@@ -139,13 +139,6 @@ def test_the_cost_of_a_cell_needs_no_tokenizer(fake: FakeLLM, cell: Any, tokens:
 # --- on a cluster -----------------------------------------------------------------------------------
 
 
-def wait_until(what: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not what():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.01)
-
-
 @pytest.fixture(scope="module")
 def two_single(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """A client of two worker processes of one thread each."""
@@ -183,8 +176,8 @@ def test_slices_are_stolen_from_a_worker_that_is_slow(two_single: Client, tmp_pa
     given = dd.from_pandas(table(rows), npartitions=5)
     future = two_single.compute(given.llm.generate(llm, "text"))
     most = 32  # of rows in flight on the slow worker, where the queue is short
-    wait_until(lambda: llm.processes.count(held) == most)
-    wait_until(lambda: len(llm.processes) == rows)
+    eventually(lambda: llm.processes.count(held) == most)
+    eventually(lambda: len(llm.processes) == rows)
     assert llm.processes.count(held) == most
     Path(str(spec.gate)).touch()
     out = future.result(timeout=60)
@@ -206,7 +199,7 @@ def test_a_call_goes_ahead_of_a_long_job(tmp_path: Path, one_thread: Client) -> 
     """The job's rows wait for a gate that opens after the call has come back."""
     llm = FakeLLM(FakeSpec(log=str(tmp_path / "rows.log"), gate=str(tmp_path / "gate"), yields=True))
     future = one_thread.compute(dd.from_pandas(table(384), npartitions=3).llm.generate(llm, "text"))
-    wait_until(lambda: len(llm.processes) == ROWS_IN_HAND)  # the slices that are in flight
+    eventually(lambda: len(llm.processes) == ROWS_IN_HAND)  # the slices that are in flight
     assert llm_says(llm, "x") == "<x>"
     assert not future.done()
     # The slices that come into the pool behind the calls do not begin: the job has its rows in hand already.

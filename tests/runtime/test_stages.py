@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from daskllm.runtime.progress import Increment, follow
 from daskllm.runtime.stages import host_of
 from daskllm.types import ModelError, RowError
 from tests import tiny
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.cluster
 
@@ -89,14 +89,6 @@ def state(client: Client, llm: LLM) -> tuple[int, int, int, int]:
     worker = llm.spec.stages[-1].worker
     ((found,),) = client.run(engine_state, workers=[worker]).values()
     return found
-
-
-def wait_until(what: Any) -> None:
-    """Fails when ``what()`` never holds."""
-    end = time.monotonic() + 30
-    while not what():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -214,9 +206,9 @@ def test_a_cancelled_table_frees_its_blocks(staged: LLM, two_processes: Client) 
     frame = dd.from_pandas(pd.DataFrame({"text": ["a long way"] * 400}), npartitions=8)
     answered = frame.llm.generate(staged, "text", max_tokens=240, ignore_eos=True)
     future = two_processes.compute(answered)
-    wait_until(lambda: state(two_processes, staged)[0] > 0)
+    eventually(lambda: state(two_processes, staged)[0] > 0)
     future.cancel()
-    wait_until(lambda: state(two_processes, staged)[:2] == (0, 0))
+    eventually(lambda: state(two_processes, staged)[:2] == (0, 0))
     assert state(two_processes, staged)[2] < 400
     assert len(staged.generate(["again"], max_tokens=3)[0].token_ids) <= 3
 
@@ -225,14 +217,14 @@ def test_a_stream_that_is_left_stops(staged: LLM, two_processes: Client) -> None
     pieces = staged.stream("on and on", max_tokens=200, ignore_eos=True)
     next(pieces)
     pieces.close()
-    wait_until(lambda: state(two_processes, staged)[:2] == (0, 0))
+    eventually(lambda: state(two_processes, staged)[:2] == (0, 0))
 
 
 def test_progress_is_heard_from_wherever_the_rows_ran(staged: LLM, two_processes: Client) -> None:
     heard: list[Increment] = []
     with follow(two_processes, heard.append):
         staged.generate(PROMPTS, max_tokens=5, ignore_eos=True)
-        wait_until(lambda: sum(i.rows for i in heard) == len(PROMPTS))
+        eventually(lambda: sum(i.rows for i in heard) == len(PROMPTS))
     assert sum(i.output_tokens for i in heard) == 24 * 5
     assert sum(i.errors for i in heard) == 3
 
@@ -282,7 +274,7 @@ def test_rows_of_a_lost_stage_are_done_again_on_the_workers_left(
         seen: list[tuple[int, int, int, int]] = []
 
         def kill() -> None:
-            wait_until(lambda: state(client, llm)[3] > 20)
+            eventually(lambda: state(client, llm)[3] > 20)
             seen.append(state(client, llm))
             os.kill(pids[lost], signal.SIGKILL)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +17,7 @@ from daskllm.runtime.recall import generated
 from daskllm.runtime.together import UnderWay
 from daskllm.types import SamplingParams
 from tests.fake_session import FakeLLM, FakeSpec
+from tests.waiting import eventually
 
 
 def ask(
@@ -34,19 +34,12 @@ def spec(tmp_path: Path) -> FakeSpec:
     return FakeSpec(log=str(tmp_path / "log"), gate=str(tmp_path / "gate"))
 
 
-def wait_until(what: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def started(spec: FakeSpec, rows: int, call: Callable[[], list[str]]) -> Future[list[str]]:
     """A call that goes on by itself, when so many rows have been asked of the model in all."""
     pool = ThreadPoolExecutor(1)
     future = pool.submit(call)
     pool.shutdown(wait=False)
-    wait_until(lambda: FakeLLM(spec).rows >= rows)
+    eventually(lambda: FakeLLM(spec).rows >= rows)
     return future
 
 

@@ -7,7 +7,6 @@ import pickle
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +29,7 @@ from daskllm.runtime.process import using
 from daskllm.runtime.stages import host_of
 from daskllm.types import Completion, ModelError
 from tests import tiny
+from tests.waiting import eventually
 
 PROMPTS = [f"row {i} " * (1 + i * 7 % 5) for i in range(8)]
 SAMPLING: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True}
@@ -89,14 +89,6 @@ def llm(paths: dict[str, Path]) -> Iterator[LLM]:
         llm.close()
 
 
-def wait_until(what: Callable[[], bool]) -> None:
-    """Fails when ``what()`` never holds."""
-    end = time.monotonic() + 30
-    while not what():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.02)
-
-
 def held(llm: LLM) -> list[int]:
     """The versions that this process has a session or layers of."""
     mine = versions.known(llm.spec)
@@ -120,7 +112,7 @@ def test_rows_under_way_finish_on_the_old_weights(
     with ThreadPoolExecutor(1) as pool, using(llm.spec):
         steps = old.metrics.steps
         batch = pool.submit(llm.generate, PROMPTS, max_tokens=200, ignore_eos=True)
-        wait_until(lambda: old.metrics.steps > steps + 3)
+        eventually(lambda: old.metrics.steps > steps + 3)
         llm.update(paths["new"])
         assert not batch.done()
         assert (llm.version, held(llm)) == (1, [0, 1])
@@ -151,9 +143,9 @@ def test_threads_that_ask_meanwhile_get_one_version_for_a_row(
         asking = [pool.submit(ask) for _ in range(2)]
         try:
             for number, name in enumerate(["new", "old"]):
-                wait_until(lambda n=number: any(answers[0].model_version == n for answers in seen))
+                eventually(lambda n=number: any(answers[0].model_version == n for answers in seen))
                 llm.update(paths[name])
-            wait_until(lambda: any(answers[0].model_version == 2 for answers in seen))
+            eventually(lambda: any(answers[0].model_version == 2 for answers in seen))
         finally:
             stop.set()
         for one in asking:
@@ -324,7 +316,7 @@ def asked_meanwhile(llm: LLM, change: Callable[[], None]) -> list[pd.DataFrame]:
     with ThreadPoolExecutor(1) as pool:
         asking = pool.submit(ask)
         try:
-            wait_until(lambda: bool(tables) or asking.done())
+            eventually(lambda: bool(tables) or asking.done())
             change()
         finally:
             changed.set()
@@ -357,7 +349,7 @@ def test_a_cluster_goes_over_under_load(
         assert check_rows(tables[-1], texts, weights) == {number + 1}
         assert all_of(llm.generate(PROMPTS, **SAMPLING), texts, number + 1, weights[number + 1])
     assert begun + "".join(stream) == texts[0][2]
-    wait_until(lambda: on_workers(two_processes, llm)[0] == {(2,)})
+    eventually(lambda: on_workers(two_processes, llm)[0] == {(2,)})
     assert on_workers(two_processes, llm)[1] == before
     assert "".join(llm.stream(PROMPTS[2], **SAMPLING)) == texts[0][2]
     assert llm.plan.placement.keys() == two_processes.nthreads().keys()
@@ -458,9 +450,9 @@ def test_a_lost_stage_of_the_new_version_has_heirs(paths: dict[str, Path], texts
         # The rows of both versions are done again, each on its own weights.
         assert all_of(llm.generate(PROMPTS, **SAMPLING), texts, 1, 1)
         assert (begun + "".join(stream))[:8] == texts[0][0][:8]
-        wait_until(lambda: on_workers(client, llm)[0] <= {(), (1,)})
+        eventually(lambda: on_workers(client, llm)[0] <= {(), (1,)})
         llm.update(paths["old"])  # from where the stages are now
         assert all_of(llm.generate(PROMPTS, **SAMPLING), texts, 2, 0)
-        wait_until(lambda: on_workers(client, llm)[0] <= {(), (2,)})
+        eventually(lambda: on_workers(client, llm)[0] <= {(), (2,)})
         llm.close()
         assert on_workers(client, llm)[0] == {()}

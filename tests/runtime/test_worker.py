@@ -17,18 +17,9 @@ from daskllm.runtime.process import open_session_on, session_for
 from daskllm.runtime.worker import ROWS_IN_HAND, current_task, current_worker
 from tests.fake_session import FakeLLM, FakeSession
 from tests.tiny import make_model
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.cluster
-
-
-def wait_until(client: Client, what: Any) -> None:
-    """Give the cluster's events a chance until ``what()`` holds; fails when it never does."""
-    import time
-
-    end = time.monotonic() + 30
-    while not what():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.01)
 
 
 def frame(npartitions: int, rows: int = 1) -> Any:
@@ -48,10 +39,10 @@ def test_a_one_thread_worker_has_so_many_rows_in_hand_and_no_more(gated: FakeLLM
     scheduler, half = one_thread.cluster.scheduler, ROWS_IN_HAND // 2
     future = one_thread.compute(frame(6, half).llm.generate(gated, "text", max_tokens=1))
     session = gated.session()
-    wait_until(one_thread, lambda: session.running == 2)
+    eventually(lambda: session.running == 2)
     # What is not in flight is not even on the worker, or is there to be stolen.
     (worker,) = scheduler.workers.values()
-    wait_until(one_thread, lambda: len(worker.long_running) == 1)
+    eventually(lambda: len(worker.long_running) == 1)
     assert sum(task.state == "queued" for task in scheduler.tasks.values()) >= 3
     Path(str(gated.spec.gate)).touch()
     assert len(future.result()) == 6 * half
@@ -67,7 +58,7 @@ def test_more_rows_are_in_hand_where_the_engine_runs_more_together(
     monkeypatch.setattr(FakeSession, "rows_together", ROWS_IN_HAND)
     future = one_thread.compute(frame(6, half).llm.generate(gated, "text", max_tokens=1))
     session = gated.session()
-    wait_until(one_thread, lambda: session.running == 3)
+    eventually(lambda: session.running == 3)
     Path(str(gated.spec.gate)).touch()
     assert len(future.result()) == 6 * half
     assert session.most_running == 3
@@ -76,7 +67,7 @@ def test_more_rows_are_in_hand_where_the_engine_runs_more_together(
 def test_partitions_of_few_rows_are_in_flight_together(gated: FakeLLM, one_thread: Client) -> None:
     future = one_thread.compute(frame(6).llm.generate(gated, "text"))
     session = gated.session()
-    wait_until(one_thread, lambda: session.running == 6)
+    eventually(lambda: session.running == 6)
     Path(str(gated.spec.gate)).touch()
     assert len(future.result()) == 6
 
@@ -86,14 +77,14 @@ def test_the_next_task_leaves_the_pool_when_the_first_is_done(gated: FakeLLM, on
     frames = [frame(1, half).llm.generate(gated, "text", max_tokens=n) for n in (1, 2, 3)]
     first, second, third = one_thread.compute(frames)
     session = gated.session()
-    wait_until(one_thread, lambda: session.running == 2)
+    eventually(lambda: session.running == 2)
     (worker,) = one_thread.cluster.scheduler.workers.values()
-    wait_until(one_thread, lambda: len(worker.long_running) == 1)
+    eventually(lambda: len(worker.long_running) == 1)
     # The slice that left the pool is of the future that waits for it.
     waiting = {merge.key for task in worker.long_running for merge in task.dependents}
     (left,) = [future for future in (first, second, third) if future.key in waiting]
     left.cancel()
-    wait_until(one_thread, lambda: gated.rows == 3 * half and session.running == 2)
+    eventually(lambda: gated.rows == 3 * half and session.running == 2)
     Path(str(gated.spec.gate)).touch()
     assert session.most_running == 2
 
@@ -101,10 +92,10 @@ def test_the_next_task_leaves_the_pool_when_the_first_is_done(gated: FakeLLM, on
 def test_a_cancelled_future_stops_its_rows(gated: FakeLLM, one_thread: Client) -> None:
     future = one_thread.compute(frame(1).llm.generate(gated, "text"))
     session = gated.session()
-    wait_until(one_thread, lambda: session.running == 1)
+    eventually(lambda: session.running == 1)
     future.cancel()
     assert session.interrupted.wait(30)
-    wait_until(one_thread, lambda: session.running == 0)
+    eventually(lambda: session.running == 0)
     Path(str(gated.spec.gate)).touch()
     again = one_thread.compute(frame(1).llm.generate(gated, "text"))
     assert list(again.result()["generated"]) == ["<part 0>"]
@@ -122,7 +113,7 @@ def test_rows_over_a_client_are_cancelled_with_their_call(gated: FakeLLM, one_th
         """As if the user interrupted while waiting."""
 
         def gather(self, *args: Any, **kwargs: Any) -> Any:
-            wait_until(self, lambda: session.running)
+            eventually(lambda: session.running)
             raise KeyboardInterrupt
 
     with Interrupting(one_thread.cluster) as client, pytest.raises(KeyboardInterrupt):
@@ -171,9 +162,9 @@ def test_a_cancelled_future_gives_its_kv_memory_back(tmp_path: Path, one_thread:
         future = one_thread.compute(
             dd.from_pandas(table, npartitions=1).llm.generate(llm, "text", max_tokens=200, ignore_eos=True)
         )
-        wait_until(one_thread, lambda: pool.used > 0)
+        eventually(lambda: pool.used > 0)
         future.cancel()
-        wait_until(one_thread, lambda: pool.used == 0)
+        eventually(lambda: pool.used == 0)
         assert not engine._tickets
         assert engine.metrics.aborted > 0
         assert llm.generate("row", max_tokens=3, ignore_eos=True).completion_tokens == 3
