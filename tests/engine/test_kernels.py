@@ -87,7 +87,7 @@ def test_int8_products_need_no_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
 
     @numba.njit
     def tile(x, w, quads, minus, out):  # type: ignore[no-untyped-def]
-        vnni.dot_tile(x, 0, w, 0, quads, minus, 0, out, True)
+        vnni.dot_tile(x, 0, w, 0, quads, minus, 0, out, True, 0)
 
     x = torch.randint(-127, 128, (registers.INT8_ROWS, 8), dtype=torch.int8)
     w = torch.randint(1, 256, (registers.INT8_COLUMNS, 2, 16, 4), dtype=torch.uint8)
@@ -317,3 +317,17 @@ def test_bfloat16_rounds_to_nearest_even() -> None:
     assert torch.equal(
         found.nan_to_num(7.0), x.bfloat16().relu().nan_to_num(7.0).where(~x.isnan(), found.nan_to_num(7.0))
     )
+
+
+@pytest.mark.parametrize("parts", [1, 2, 6])
+@pytest.mark.parametrize("tiles", range(1, 12))
+def test_tiles_fetch_what_their_thread_takes_next(tiles: int, parts: int) -> None:
+    """Parts of the next panel from its beginning, each once; a panel's first tile has its own to read."""
+    from daskllm.engine.kernels.cpu.code.team import fetched_by
+
+    size, panel = 60, 3
+    places = [fetched_by.py_func(tile, tiles, parts, panel, 2, 6, size) for tile in range(tiles)]
+    fetching = min(tiles - 1, parts)
+    own, following = [panel * size] * (tiles - fetching), (panel + 2) * size
+    assert places == own + [following + part * (size // parts) for part in range(fetching)]
+    assert {fetched_by.py_func(tile, tiles, parts, 5, 2, 6, size) for tile in range(tiles)} == {5 * size}

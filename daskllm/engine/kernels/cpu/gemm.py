@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from daskllm.blocks.regions import room
 from daskllm.engine.kernels.cpu.compiled import Kernel
 from daskllm.engine.kernels.cpu.registers import AMX, COLUMNS, SLACK
-from daskllm.engine.kernels.cpu.team import run
+from daskllm.engine.kernels.cpu.team import TEAM_SIZE, run
 
 if TYPE_CHECKING:
     from daskllm.engine.kernels.cpu.int8 import PackedInt8
@@ -113,5 +113,6 @@ def linear(x: torch.Tensor, weight: Packed | PackedInt8, dtype: torch.dtype | No
         weight.words,
         weight.outputs,
         weight.panels.numel(),
+        TEAM_SIZE,
     )
     return y

@@ -15,7 +15,7 @@ import torch
 from daskllm.blocks.regions import room
 from daskllm.engine.kernels.cpu.compiled import Kernel
 from daskllm.engine.kernels.cpu.registers import INT8_COLUMNS, INT8_ROWS, LANES
-from daskllm.engine.kernels.cpu.team import address, run
+from daskllm.engine.kernels.cpu.team import TEAM_SIZE, address, run
 from daskllm.engine.kernels.int8 import quantised
 
 __all__ = ["PackedInt8", "padded_rows", "product_kernels"]
@@ -92,6 +92,7 @@ class PackedInt8:
             self.outputs,
             sixteens,
             quads,
+            TEAM_SIZE,
         )
         return y
 

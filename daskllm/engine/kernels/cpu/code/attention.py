@@ -48,7 +48,8 @@ def _products(rows, x, width, w, base, zeros, words, out, at, stride):  # type: 
     row = 0
     while row < rows:
         many = rows_together(rows - row, x)
-        tile(many, x, row * width, width, w, base, zeros, 0, words, out, row * stride + at, stride, False)
+        tile(many, x, row * width, width, w, base, zeros, 0, words, out, row * stride + at, stride, False,
+             base)  # fmt: skip
         row += many
 
 

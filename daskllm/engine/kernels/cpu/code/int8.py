@@ -25,7 +25,7 @@ from daskllm.engine.kernels.cpu.code.simd import (
     vsub,
     workspace,
 )
-from daskllm.engine.kernels.cpu.code.team import neighbours, take, together
+from daskllm.engine.kernels.cpu.code.team import fetched_by, neighbours, take, team_size, together
 from daskllm.engine.kernels.cpu.code.vnni import dot_tile
 from daskllm.engine.kernels.cpu.registers import INT8_COLUMNS, INT8_ROWS, LANES
 
@@ -93,16 +93,21 @@ def product_scratch():  # type: ignore[no-untyped-def]
 
 @compiled
 def product(  # type: ignore[no-untyped-def]
-    panel, start, stop, q, scales, minus, w, w_scales, bias, y, out, sixteens, quads, scratch
+    panel, start, stop, q, scales, minus, w, w_scales, bias, y, out, sixteens, quads, scratch, team
 ):  # fmt: skip
-    """One panel's channels of ``x @ w.T + bias`` for rows ``start <= row < stop``, ``x`` quantised."""
+    """One panel's channels of ``x @ w.T + bias`` for rows ``start <= row < stop``, ``x`` quantised, by a
+    thread of ``team``."""
     tile, line = scratch
     # The last panel may begin within the one before, and leaves what that one writes.
     first = min(panel * INT8_COLUMNS, sixteens - INT8_COLUMNS)
     own = panel * INT8_COLUMNS - first
     first *= LANES
+    tiles, size = (stop - start + INT8_ROWS - 1) // INT8_ROWS, _PANEL * quads * 4
+    panels = panels_of(sixteens)
     for row in range(start, stop, INT8_ROWS):
-        dot_tile(q, row * quads * 4, w, first * quads * 4, quads, minus, row, tile, row == start)
+        number = (row - start) // INT8_ROWS
+        fetched = fetched_by(number, tiles, INT8_COLUMNS, panel, team, panels, size)
+        dot_tile(q, row * quads * 4, w, first * quads * 4, quads, minus, row, tile, row == start, fetched)
         for r in range(min(INT8_ROWS, stop - row)):
             scale, at = vsplat(scales[row + r]), (row + r) * out
             for c in range(own, INT8_COLUMNS):
@@ -144,7 +149,7 @@ def quantise_bf16(pointer):  # type: ignore[no-untyped-def]
 
 @inlined
 def _linear_loop(pointer, dtype):  # type: ignore[no-untyped-def]
-    a = numba.carray(pointer, (13,), np.int64)
+    a = numba.carray(pointer, (14,), np.int64)
     panels, rows, out, sixteens, quads = a[1], a[9], a[10], a[11], a[12]
     room, channels = rows + INT8_ROWS - 1, sixteens * LANES
     q = array(a[2], room * quads * 4, np.int8)
@@ -152,14 +157,17 @@ def _linear_loop(pointer, dtype):  # type: ignore[no-untyped-def]
     w, w_scales = array(a[5], channels * quads * 4, np.uint8), array(a[6], channels, np.float32)
     bias, y = array(a[7], channels if a[7] else 0, np.float32), array(a[8], rows * out, dtype)
     scratch = product_scratch()
-    group = together(rows, panels)
+    group, team = together(rows, panels), team_size(a[13])
     amx.configure()
     while True:
         first = take(a, 0) * group
         if first >= panels:
             break
         for panel in range(first, min(first + group, panels)):
-            product(panel, 0, rows, q, scales, minus, w, w_scales, bias, y, out, sixteens, quads, scratch)
+            product(
+                panel, 0, rows, q, scales, minus, w, w_scales, bias, y, out, sixteens, quads, scratch,
+                team,
+            )  # fmt: skip
     amx.release()
 
 

@@ -12,11 +12,19 @@ import numpy as np
 from daskllm.engine.batch import BLOCK_SIZE
 from daskllm.engine.kernels.cpu.code import amx
 from daskllm.engine.kernels.cpu.code.attention import attend, attention_scratch
-from daskllm.engine.kernels.cpu.code.gemm import product, rows_together, tile
+from daskllm.engine.kernels.cpu.code.gemm import PARTS, product, rows_together, tile, tiles_of
 from daskllm.engine.kernels.cpu.code.rope import rope_row
 from daskllm.engine.kernels.cpu.code.rows import activate_row, norm_row
 from daskllm.engine.kernels.cpu.code.simd import array, as_float, cleared, compiled, inlined, workspace
-from daskllm.engine.kernels.cpu.code.team import begin, meet, neighbours, take, team_size, together
+from daskllm.engine.kernels.cpu.code.team import (
+    begin,
+    fetched_by,
+    meet,
+    neighbours,
+    take,
+    team_size,
+    together,
+)
 from daskllm.engine.kernels.cpu.fields import (
     ACTIVATION,
     ANGLES,
@@ -103,7 +111,7 @@ def _product(a, phase, counters, table, at, x_at, x_size, y_at, y_size, spare, d
         array(table[at + 1], panels * COLUMNS, np.float32),
         array(table[at + 2], 2 * panels, np.int64),
     )
-    group = together(rows, panels)
+    group, team = together(rows, panels), team_size(a[TEAM_AT])
     groups = (panels + group - 1) // group
     while True:
         item = take(counters, phase * LINE)
@@ -114,7 +122,7 @@ def _product(a, phase, counters, table, at, x_at, x_size, y_at, y_size, spare, d
         part, into = x[first * x_size : last * x_size], y[first * y_size : last * y_size]
         begin = item % groups * group
         for panel in range(begin, min(begin + group, panels)):
-            product(panel, last - first, part, x_size, w, bias, places, words, into, y_size, spare)
+            product(panel, last - first, part, x_size, w, bias, places, words, into, y_size, spare, team)
 
 
 @compiled
@@ -129,7 +137,7 @@ def _mlp(a, phase, counters, table, at, spare, scratch, dtype):  # type: ignore[
         array(table[at + 2], 2 * panels, np.int64),
     )
     each = panels // (1 + gated)
-    group = together(rows, each)
+    group, team = together(rows, each), team_size(a[TEAM_AT])
     groups = (each + group - 1) // group
     while True:
         item = take(counters, phase * LINE)
@@ -138,13 +146,14 @@ def _mlp(a, phase, counters, table, at, spare, scratch, dtype):  # type: ignore[
         first, last = item // groups * rows // a[CHUNKS], (item // groups + 1) * rows // a[CHUNKS]
         begin = item % groups * group
         for panel in range(begin, min(begin + group, each)):
-            row = first
+            row, number, tiles = first, 0, tiles_of(last - first)
             while row < last:
                 many = rows_together(last - row, x)
                 for half in range(1 + gated):
                     p = panel + half * each
-                    tile(many, x, row * size, size, w, p * size * COLUMNS, bias, p * COLUMNS, words,
-                         spare, half * COLUMNS, 2 * COLUMNS, row == first)  # fmt: skip
+                    fetched = fetched_by(number, tiles, PARTS, p, team, (1 + half) * each, size * COLUMNS)
+                    tile(many, x, row * size, size, w, p * size * COLUMNS, bias, p * COLUMNS, words, spare,
+                         half * COLUMNS, 2 * COLUMNS, row == first, fetched)  # fmt: skip
                 for r in range(many):
                     to = (row + r) * a[INNER] + places[2 * panel]
                     columns = places[2 * panel + 1]
@@ -152,6 +161,7 @@ def _mlp(a, phase, counters, table, at, spare, scratch, dtype):  # type: ignore[
                         spare, r * 2 * COLUMNS, gated * COLUMNS, y, to, columns, a[ACTIVATION], scratch
                     )
                 row += many
+                number += 1
 
 
 @compiled

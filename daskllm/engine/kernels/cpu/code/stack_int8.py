@@ -139,7 +139,7 @@ def _product(a, phase, counters, table, at, size, y_at, out, scratch, dtype):  #
     w, w_scales = array(table[at], channels * 4 * quads, np.uint8), array(table[at + 2], channels, np.float32)
     bias = array(table[at + 1], channels if table[at + 1] else 0, np.float32)
     y = array(y_at, rows * out, dtype)
-    group = together(rows, panels)
+    group, team = together(rows, panels), team_size(a[TEAM_AT])
     groups = (panels + group - 1) // group
     while True:
         item = take(counters, phase * LINE)
@@ -148,7 +148,10 @@ def _product(a, phase, counters, table, at, size, y_at, out, scratch, dtype):  #
         first, last = item // groups * rows // chunks, (item // groups + 1) * rows // chunks
         begin = item % groups * group
         for panel in range(begin, min(begin + group, panels)):
-            product(panel, first, last, q, scales, minus, w, w_scales, bias, y, out, sixteens, quads, scratch)
+            product(
+                panel, first, last, q, scales, minus, w, w_scales, bias, y, out, sixteens, quads, scratch,
+                team,
+            )  # fmt: skip
 
 
 @inlined

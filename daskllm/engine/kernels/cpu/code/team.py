@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 from daskllm.engine.kernels.cpu.code.simd import compiled, element_pointer
 from daskllm.engine.kernels.cpu.fields import LINE
 
-__all__ = ["begin", "meet", "neighbours", "take", "team_size", "together"]
+__all__ = ["begin", "fetched_by", "meet", "neighbours", "take", "team_size", "together"]
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -92,6 +92,24 @@ def together(rows, panels):  # type: ignore[no-untyped-def]
     than where two threads take turns; with more rows, one panel is work enough and shares are more even.
     """
     return max(1, min(panels // 8, 8)) if rows <= 2 else 1
+
+
+@compiled
+def fetched_by(tile, tiles, parts, panel, team, panels, size):  # type: ignore[no-untyped-def]
+    """Where in the weights one of a panel's tiles fetches from while it multiplies, a part of a panel each.
+
+    A panel's first tile reads it from memory; for the others, which find it in a cache, memory would have
+    nothing to do. So the last of them have the panel brought in that their thread is taken to go on with, so
+    many further on as the team has threads, from its beginning. The rest fetch what they are reading.
+
+    Args:
+        parts: of a panel, that a tile can fetch one of.
+        size: numbers in a panel.
+    """
+    part, following = min(tiles - 1, parts) - tiles + tile, panel + team
+    if part < 0 or following >= panels:
+        return panel * size
+    return following * size + part * (size // parts)
 
 
 @compiled

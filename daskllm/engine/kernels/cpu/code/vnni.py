@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 
 from daskllm.engine.kernels.cpu import registers
 from daskllm.engine.kernels.cpu.code import amx, avx2
-from daskllm.engine.kernels.cpu.code.simd import element_pointer, splat
+from daskllm.engine.kernels.cpu.code.simd import element_pointer, splat, write_fetch
 from daskllm.engine.kernels.cpu.registers import INT8_COLUMNS, INT8_ROWS, LANES
 
 __all__ = ["BLOCK_ROWS", "dot_rows", "dot_tile"]
@@ -46,21 +46,22 @@ def _dot(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
 
 
 def _tile_function(module: Any) -> Any:
-    """``(x, w, quads, minus, out)`` over one tile, as a function of its own: inlined, the constants that the
-    code around it keeps in registers would push sums out of them, at a third of the speed."""
+    """``(x, w, quads, minus, out, fetched)`` over one tile, as a function of its own: inlined, the constants
+    that the code around it keeps in registers would push sums out of them, at a third of the speed."""
     name = "daskllm_int8_tile"
     if name in module.globals:
         return module.globals[name]
     bytes_, words = _I8.as_pointer(), _I32.as_pointer()
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [bytes_, bytes_, _I64, words, words]), name)
+    kind = ir.FunctionType(ir.VoidType(), [bytes_, bytes_, _I64, words, words, bytes_])
+    function = ir.Function(module, kind, name)
     function.linkage = "internal"
     function.attributes.add("noinline")
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     if registers.WORDS:
-        avx2.write_tile(builder, *function.args)
+        avx2.write_tile(builder, *function.args[:5])
         builder.ret_void()
         return function
-    x, w, quads, minus, out = function.args
+    x, w, quads, minus, out, fetched = function.args
     width = builder.mul(_I64(4), quads)
     rows = [builder.bitcast(builder.gep(x, [builder.mul(_I64(r), width)]), words) for r in range(INT8_ROWS)]
     weights = [
@@ -72,6 +73,7 @@ def _tile_function(module: Any) -> Any:
         start = builder.neg(builder.load(builder.gep(minus, [_I64(i // INT8_COLUMNS)])))
         builder.store(splat(builder, start), total)
     with cgutils.for_range(builder, quads) as loop:
+        write_fetch(builder, builder.gep(fetched, [builder.mul(loop.index, _I64(4 * LANES))]))
         columns = [builder.load(builder.gep(one, [loop.index]), align=1) for one in weights]
         for r, row in enumerate(rows):
             value = splat(builder, builder.load(builder.gep(row, [loop.index]), align=1))
@@ -85,7 +87,7 @@ def _tile_function(module: Any) -> Any:
 
 
 @intrinsic
-def dot_tile(typingctx, x, x_at, w, w_at, quads, minus, row, out, cold):  # type: ignore[no-untyped-def]
+def dot_tile(typingctx, x, x_at, w, w_at, quads, minus, row, out, cold, fetched):  # type: ignore[no-untyped-def]
     """Int32 products of `INT8_ROWS` rows with ``16 * INT8_COLUMNS`` channels, row by row into ``out``.
 
     The thread has called `amx.configure`.
@@ -95,10 +97,12 @@ def dot_tile(typingctx, x, x_at, w, w_at, quads, minus, row, out, cold):  # type
         w, w_at: uint8, for every sixteen channels ``[quads, 16, 4]``.
         minus, row: int32, what each row's sums start below zero by.
         cold: whether these channels are in no cache yet.
+        fetched: from here on in ``w``, as many bytes as sixteen channels have are brought into the second
+            cache meanwhile; `amx` and `avx2` do not.
     """
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        _, x_at_, _, w_at_, quads_, _, row_, _, cold_ = args
+        _, x_at_, _, w_at_, quads_, _, row_, _, cold_, fetched_ = args
 
         def pointer(k: int, index: Any) -> Any:
             return element_pointer(context, builder, sig.args[k], args[k], index)
@@ -107,11 +111,11 @@ def dot_tile(typingctx, x, x_at, w, w_at, quads, minus, row, out, cold):  # type
         if registers.AMX:
             builder.call(amx.int8_function(builder.module), [*each, cold_])
         else:
-            builder.call(_tile_function(builder.module), each)
+            builder.call(_tile_function(builder.module), [*each, pointer(2, fetched_)])
         return context.get_dummy_value()
 
     whole = types.intp
-    return types.void(x, whole, w, whole, whole, minus, whole, out, types.boolean), codegen
+    return types.void(x, whole, w, whole, whole, minus, whole, out, types.boolean, whole), codegen
 
 
 def _rows_function(module: Any, columns_unsigned: bool) -> Any:
