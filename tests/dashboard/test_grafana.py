@@ -14,7 +14,7 @@ import daskllm
 from daskllm.dashboard import metrics
 from tests.dashboard.conftest import address, asked, got, rows
 from tests.dashboard.test_plugins import samples
-from tests.jobs.test_background import until
+from tests.waiting import eventually
 
 GRAFANA = Path(__file__).resolve().parents[2] / "cluster/grafana"
 BOARD = json.loads((GRAFANA / "daskllm.json").read_text())
@@ -42,7 +42,7 @@ def test_each_query_is_of_a_metric_that_is_there_with_the_labels_that_it_names(
         return found
 
     named = {name for _, query in QUERIES for name in re.findall(r"daskllm_\w+", query["expr"])}
-    until(lambda: named <= set(there()))
+    eventually(lambda: named <= set(there()))
     found = there()
     for title, query in QUERIES:
         (*others, name) = re.findall(r"daskllm_\w+", query["expr"])

@@ -23,7 +23,7 @@ from daskllm.dashboard.board import Board
 from daskllm.dashboard.plugins import NAME, BoardPlugin, board_of
 from daskllm.runtime.progress import TOPIC, Increment
 from tests.dashboard.conftest import asked, got, page, rows
-from tests.jobs.test_background import until
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.cluster
 
@@ -70,7 +70,7 @@ def test_both_ends_say_the_same_figures_on_metrics(cluster: LocalCluster, client
         tokens = sum(v for (name, _), v in found.items() if name == "daskllm_output_tokens_total")
         return found if tokens >= 640 and found.get(("daskllm_rows_total", label)) == 41 else None
 
-    found = until(scheduler_knows)
+    found = eventually(scheduler_knows)
     failed = label | {("kind", "null")}
     assert found["daskllm_failed_rows_total", failed] == 1
     assert found["daskllm_job_output_tokens_total", label] == 640
@@ -116,7 +116,7 @@ def test_a_span_has_its_own_tokens_and_rows(client: Client, job: str) -> None:
                 sums[what, unit] = sums.get((what, unit), 0) + value
         return sums
 
-    found = until(lambda: (s := client.run_on_scheduler(look)).get(("output", "tokens"), 0) >= 640 and s)
+    found = eventually(lambda: (s := client.run_on_scheduler(look)).get(("output", "tokens"), 0) >= 640 and s)
     assert (found["output", "tokens"], found["answered", "rows"], found["failed", "rows"]) == (640, 40, 1)
 
 
@@ -131,7 +131,7 @@ def test_jobs_in_the_background_are_spans_of_their_names(
         job = board.jobs.get("nightly")
         return job and (job.counts["rows"], job.state(0.0).total_rows, job.priority)
 
-    until(lambda: board_says(client, told) == (12, 12, 4))
+    eventually(lambda: board_says(client, told) == (12, 12, 4))
 
 
 def test_a_job_that_goes_on_waits_for_the_partitions_that_are_left() -> None:
@@ -148,7 +148,9 @@ def test_a_job_that_goes_on_waits_for_the_partitions_that_are_left() -> None:
 
 def test_lists_have_a_name_too(client: Client, llm: daskllm.LLM) -> None:
     assert len(llm.generate(["one", "two"], max_tokens=2)) == 2
-    until(lambda: board_says(client, lambda b: "lists" in b.jobs and b.jobs["lists"].counts["rows"] == 2))
+    eventually(
+        lambda: board_says(client, lambda b: "lists" in b.jobs and b.jobs["lists"].counts["rows"] == 2)
+    )
 
 
 def test_events_can_be_subscribed_to(client: Client, llm: daskllm.LLM) -> None:
@@ -158,7 +160,7 @@ def test_events_can_be_subscribed_to(client: Client, llm: daskllm.LLM) -> None:
         with span("heard"):
             futures = client.compute(asked(llm, rows(5)))
         futures.result()
-        until(lambda: sum(told.get("rows", 0) for _, told in heard if told.get("span") == "heard") == 5)
+        eventually(lambda: sum(told.get("rows", 0) for _, told in heard if told.get("span") == "heard") == 5)
     finally:
         client.unsubscribe_topic("daskllm")
 
@@ -175,11 +177,11 @@ def test_stages_are_told_with_their_layers(client: Client) -> None:
             found = board_says(client, stages)
             return found if len(found) == 2 and all(one["steps"] for one in found.values()) else None
 
-        found = until(parts)
+        found = eventually(parts)
         assert found["1/2"]["layers"].startswith("embed, layers 0")
         assert found["2/2"]["layers"].endswith("head")
         assert found["1/2"]["stage_seconds"] > 0
-        until(lambda: board_says(client, stages)["2/2"]["output_tokens"] == 32)
+        eventually(lambda: board_says(client, stages)["2/2"]["output_tokens"] == 32)
     finally:
         staged.close()
 
@@ -225,7 +227,7 @@ def test_a_scheduler_has_the_page_from_its_start(preloaded: str) -> None:
         except OSError:
             return ""
 
-    assert "data-root-id" in until(answered)
+    assert "data-root-id" in eventually(answered)
     found = samples(got(f"{preloaded}/metrics"))
     assert found["daskllm_steals_total", frozenset()] == 0
     assert found["daskllm_workers", frozenset()] == 0
