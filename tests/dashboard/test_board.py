@@ -98,9 +98,10 @@ def test_a_table_that_is_computed_again_starts_anew_and_is_summed() -> None:
     board = Board()
     for _ in range(2):
         told(board, "cut-0", cut_rows=2, asks=(4, 1, True))
-        told(board, "cut-1", cut_rows=2, asks=(4, 1, True))
-        told(board, "s-0", begun_rows=4)
-        told(board, "s-0", rows=4)
+        told(board, "cut-1", cut_rows=2, asks=(4, 1, True), part=1)
+        for part in (0, 1):
+            told(board, f"s-{part}", begun_rows=2, part=part)
+            told(board, f"s-{part}", rows=2, part=part)
         (job,) = board.jobs.values()
         assert (job.state(0.0).rows, job.state(0.0).total_rows, job.status(0.0)) == (4, 4, "done")
     assert (job.counts["rows"], job.sums["rows"], job.counts["recomputed"]) == (4, 8, 0)

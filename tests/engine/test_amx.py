@@ -64,7 +64,7 @@ def test_products_need_no_matrix_registers(monkeypatch: pytest.MonkeyPatch) -> N
 
     @numba.njit
     def product(rows, x, w, bias, words, y):  # type: ignore[no-untyped-def]
-        gemm.tile(rows, x, 0, 2 * words, w, 0, bias, 0, words, y, 0, registers.COLUMNS, True)
+        gemm.tile(rows, x, 0, 2 * words, w, 0, bias, 0, words, y, 0, registers.COLUMNS, True, 0)
 
     weight = torch.randn(registers.COLUMNS, 50).bfloat16()
     packed = pack([weight], [torch.randn(registers.COLUMNS)])
