@@ -53,8 +53,11 @@ def test_onednns_products_are_right_before_and_after_ours() -> None:
         torch.testing.assert_close(linear(a, packed, torch.float32).double(), exact, rtol=1e-5, atol=1e-5)
 
 
-def test_products_need_no_matrix_registers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tile in vectors, which is not used where there are matrix registers."""
+@pytest.mark.parametrize("inputs", [torch.bfloat16, torch.float32])
+def test_products_need_no_matrix_registers(inputs: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiles in vectors, of pairs and as float32, of which a CPU uses one or none."""
+    if inputs == torch.bfloat16 and not registers.BFLOAT16:
+        pytest.skip("this CPU multiplies no bfloat16")
     import numba
     import numpy as np
 
@@ -70,7 +73,8 @@ def test_products_need_no_matrix_registers(monkeypatch: pytest.MonkeyPatch) -> N
     packed = pack([weight], [torch.randn(registers.COLUMNS)])
     for rows in range(1, registers.VECTOR_ROWS + 1):
         x, y = torch.randn(rows, 50).bfloat16(), torch.empty(rows, registers.COLUMNS)
-        flat = x.view(torch.int16).flatten().numpy().view(np.uint16)
+        pairs = x.view(torch.int16).flatten().numpy().view(np.uint16)
+        flat = pairs if inputs == torch.bfloat16 else x.float().flatten().numpy()
         panels = packed.panels.view(torch.int16).flatten().numpy().view(np.uint16)
         product(rows, flat, panels, packed.bias.numpy(), packed.words, y.view(-1).numpy())
         exact = x.double() @ weight.double().T + packed.bias.double()

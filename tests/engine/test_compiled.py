@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import daskllm
-from daskllm.engine.kernels.cpu import compiled
+from daskllm.engine.kernels.cpu import compiled, registers
 from daskllm.engine.kernels.cpu.compiled import Kernel
 from daskllm.engine.kernels.cpu.team import run
 from tests import tiny
@@ -147,6 +147,46 @@ def test_a_cpu_with_narrow_registers_gives_the_same_tokens(tmp_path: Path) -> No
         ours = llm.generate([[5, 6, 7, 8, 9] * 9, [3]], max_tokens=12, ignore_eos=True)
         llm.close()
         assert [list(one.token_ids) for one in ours] == found
+
+
+OTHERWISE = """
+import json, sys
+from daskllm.engine.kernels.cpu import registers
+
+registers.WIDENED = not registers.WIDENED
+import daskllm
+from daskllm.engine.kernels.cpu.code import gemm
+
+assert gemm.INPUTS == (gemm.np.float32 if registers.WIDENED else gemm.np.uint16)
+print(json.dumps([
+    daskllm.load(sys.argv[1], dtype="bfloat16", answers=None, **options).score(
+        [[5, 6, 7, 8, 9] * 9, [3, 4]], tokens=True)
+    for options in ({}, {"quantize": "int8"})
+]))
+"""
+
+
+@pytest.mark.skipif(
+    registers.AMX or not registers.BFLOAT16, reason="there is one way to multiply bfloat16 here"
+)
+def test_bfloat16_is_multiplied_in_pairs_and_as_float32(tmp_path: Path) -> None:
+    path = tiny.make_model("llama-gqa", tmp_path / "model")
+    done = subprocess.run(
+        [sys.executable, "-c", OTHERWISE, str(path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    options: Any
+    for options, found in zip(({}, {"quantize": "int8"}), json.loads(done.stdout), strict=True):
+        llm = daskllm.load(path, dtype="bfloat16", answers=None, **options)
+        ours = llm.score([[5, 6, 7, 8, 9] * 9, [3, 4]], tokens=True)
+        llm.close()
+        for ours_, theirs in zip(ours, found, strict=True):
+            assert list(ours_) == pytest.approx(theirs, abs=0.1)
 
 
 def test_a_kernel_that_may_raise_is_refused() -> None:

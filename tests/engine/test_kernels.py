@@ -320,7 +320,7 @@ def test_bfloat16_rounds_to_nearest_even() -> None:
 
 
 @pytest.mark.parametrize("parts", [1, 2, 6])
-@pytest.mark.parametrize("tiles", range(1, 12))
+@pytest.mark.parametrize("tiles", range(2, 12))
 def test_tiles_fetch_what_their_thread_takes_next(tiles: int, parts: int) -> None:
     """Parts of the next panel from its beginning, each once; a panel's first tile has its own to read."""
     from daskllm.engine.kernels.cpu.code.team import fetched_by
@@ -331,3 +331,11 @@ def test_tiles_fetch_what_their_thread_takes_next(tiles: int, parts: int) -> Non
     own, following = [panel * size] * (tiles - fetching), (panel + 2) * size
     assert places == own + [following + part * (size // parts) for part in range(fetching)]
     assert {fetched_by.py_func(tile, tiles, parts, 5, 2, 6, size) for tile in range(tiles)} == {5 * size}
+
+
+@pytest.mark.parametrize("panel", [0, 2, 5])
+def test_a_tile_alone_fetches_what_it_reads_a_little_later(panel: int) -> None:
+    from daskllm.engine.kernels.cpu.code.team import fetched_by
+
+    ahead = fetched_by.py_func(0, 1, 2, panel, 2, 6, 36_864) - panel * 36_864
+    assert 0 < ahead < 36_864 // 4

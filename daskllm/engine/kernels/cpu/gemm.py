@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from daskllm.blocks.regions import room
+from daskllm.engine.kernels.cpu import registers
 from daskllm.engine.kernels.cpu.compiled import Kernel
 from daskllm.engine.kernels.cpu.registers import AMX, COLUMNS, SLACK
 from daskllm.engine.kernels.cpu.team import TEAM_SIZE, run
@@ -95,13 +96,16 @@ def linear(x: torch.Tensor, weight: Packed | PackedInt8, dtype: torch.dtype | No
     if not isinstance(weight, Packed):
         return weight.product(x, dtype)
     y = torch.empty((x.shape[0], weight.outputs), dtype=dtype or x.dtype)
+    kernel = linear_kernel(x.dtype, y.dtype)
     if x.shape[1] % (4 // x.itemsize):
         x = F.pad(x, (0, 1))
     x = x.contiguous()
+    if registers.WIDENED:
+        x = x.float()
     if AMX and x.dtype == torch.bfloat16:
         x = F.pad(x, (0, 0, 0, SLACK))
     run(
-        linear_kernel(x.dtype, y.dtype),
+        kernel,
         len(weight.places),
         x.data_ptr(),
         weight.panels.data_ptr(),

@@ -27,6 +27,7 @@ __all__ = [
     "VECTORS",
     "VECTOR_ROWS",
     "VNNI",
+    "WIDENED",
     "WORDS",
 ]
 
@@ -59,6 +60,10 @@ AMX = _amx()
 """Whether products of bfloat16 and of int8 are done in matrix registers."""
 DENIED = AMX and not _granted()
 """The machine has matrix registers, but the system does not let this process use them."""
+
+WIDENED = not AMX and not (BFLOAT16 and llvmlite.binding.get_host_cpu_name().startswith("znver"))
+"""Whether bfloat16 is multiplied as float32: where nothing narrower is multiplied, and on Intel's CPUs, which
+do a dot product of pairs in four times the time of a float32 multiply-add, and so in twice that of both."""
 
 TILE_HEIGHT = 16
 """Rows of a matrix register."""

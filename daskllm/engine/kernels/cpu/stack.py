@@ -16,6 +16,7 @@ import torch
 
 from daskllm.engine.batch import Batch
 from daskllm.engine.kernels import padded_head_dim
+from daskllm.engine.kernels.cpu import registers
 from daskllm.engine.kernels.cpu.compiled import Kernel
 from daskllm.engine.kernels.cpu.fields import (
     ACTIVATION,
@@ -68,6 +69,8 @@ __all__ = ["Stack", "StackInt8", "StackInt8KV8", "StackKV8"]
 
 _ROOMS = ("normed", "qkv", "q", "mixed", "inner", "delta")
 """What lies between the operations, in the order of the arguments' fields."""
+_INPUTS = ("normed", "mixed", "inner")
+"""What products read of it."""
 _CHUNK = 256 if AMX else 96
 """Rows that a product takes at a time: few enough to stay in a core's cache while all panels pass. Matrix
 registers are so fast that weights read again for more rows cost more than rows read from the second cache."""
@@ -169,9 +172,14 @@ class Stack:
         qkv = heads + 2 * config.num_kv_heads * config.head_dim
         widths = (hidden, qkv, heads, heads, config.intermediate_size, hidden)
         return {
-            name: torch.empty((rows + SLACK, width), dtype=self._dtype)
+            name: torch.empty((rows + SLACK, width), dtype=self._inputs if name in _INPUTS else self._dtype)
             for name, width in zip(_ROOMS, widths, strict=True)
         }
+
+    @property
+    def _inputs(self) -> torch.dtype:
+        """In which products are given rows."""
+        return torch.float32 if registers.WIDENED else self._dtype
 
     def _fields(self, layer: Any, keys: torch.Tensor, values: torch.Tensor) -> list[int]:
         """A layer's row of the table."""
@@ -206,6 +214,11 @@ class StackInt8(Stack):
 
     phases = INT8_PHASES
     kernels = _kernels("stack_int8")
+
+    @property
+    def _inputs(self) -> torch.dtype:
+        """In which rows are given to be quantised."""
+        return self._dtype
 
     def _arguments(
         self, hidden: torch.Tensor, batch: Batch, angles: tuple[torch.Tensor, torch.Tensor] | None

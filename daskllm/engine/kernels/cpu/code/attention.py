@@ -8,7 +8,7 @@ import numpy as np
 from daskllm.engine.batch import BLOCK_SIZE, TILE
 from daskllm.engine.kernels.cpu import registers
 from daskllm.engine.kernels.cpu.code import amx
-from daskllm.engine.kernels.cpu.code.gemm import rows_together, tile
+from daskllm.engine.kernels.cpu.code.gemm import INPUTS, rows_together, tile
 from daskllm.engine.kernels.cpu.code.simd import (
     array,
     as_float,
@@ -16,6 +16,8 @@ from daskllm.engine.kernels.cpu.code.simd import (
     compiled,
     fetch,
     inlined,
+    load,
+    rounded,
     store,
     vadd,
     vblend,
@@ -49,7 +51,7 @@ def _products(rows, x, width, w, base, zeros, words, out, at, stride):  # type: 
     while row < rows:
         many = rows_together(rows - row, x)
         tile(many, x, row * width, width, w, base, zeros, 0, words, out, row * stride + at, stride, False,
-             base)  # fmt: skip
+             None)  # fmt: skip
         row += many
 
 
@@ -123,14 +125,14 @@ def _first_block(item, tables, tiles, kv_heads, width, window):  # type: ignore[
 
 
 @inlined
-def attention_scratch(group, size, padded, dtype):  # type: ignore[no-untyped-def]
-    """Room for one thread's `attend`."""
+def attention_scratch(group, size, padded, inputs):  # type: ignore[no-untyped-def]
+    """Room for one thread's `attend`, whose products take such ``inputs``."""
     rows = TILE * group
     read = rows + SLACK
     return (
-        workspace(read * size, dtype),  # queries
+        workspace(read * size, inputs),  # queries
         workspace(rows * BLOCK_SIZE, np.float32),  # scores
-        workspace(read * BLOCK_SIZE, dtype),  # softmax weights
+        workspace(read * BLOCK_SIZE, inputs),  # softmax weights
         workspace(rows * padded, np.float32),  # sums of weighted values
         workspace(rows, np.float32),  # peaks
         workspace(rows * LANES, np.float32),  # sums of weights
@@ -157,10 +159,11 @@ def attend(  # type: ignore[no-untyped-def]
     mixed[: rows * padded] = 0
     peaks[:rows] = MASKED
     sums[: rows * LANES] = 0
+    as_stored = queries.itemsize == q.itemsize
     for r in range(rows):
         start = ((token + r // group) * heads + head * group + r % group) * size
         for i in range(size):
-            queries[r * size + i] = q[start + i]
+            queries[r * size + i] = q[start + i] if as_stored else load(q, start + i)
     end = position + count
     begin = max(0, position - window + 1) if window else 0
     words = size * keys.itemsize // 4
@@ -190,11 +193,11 @@ def attend(  # type: ignore[no-untyped-def]
         start = ((token + r // group) * heads + head * group + r % group) * size
         total = vreduce_add(vload(sums, r * LANES))
         for i in range(size):
-            store(out, start + i, mixed[r * padded + i] / total)
+            store(out, start + i, rounded(mixed[r * padded + i] / total, q, out))
 
 
 @inlined
-def _attention_loop(pointer, dtype):  # type: ignore[no-untyped-def]
+def _attention_loop(pointer, dtype, inputs):  # type: ignore[no-untyped-def]
     a = numba.carray(pointer, (18,), np.int64)
     items, heads, kv_heads, size, padded = a[1], a[8], a[9], a[10], a[11]
     blocks, sequences, width = a[12], a[13], a[14]
@@ -204,7 +207,7 @@ def _attention_loop(pointer, dtype):  # type: ignore[no-untyped-def]
     out = array(a[5], a[15] * heads * size, dtype)
     tables = array(a[6], sequences * width, np.int64)
     tiles = array(a[7], items // kv_heads * 4, np.int64)
-    room = attention_scratch(heads // kv_heads, size, padded, dtype)
+    room = attention_scratch(heads // kv_heads, size, padded, inputs)
     amx.configure()
     while True:
         item = take(a, 0)
@@ -219,9 +222,9 @@ def _attention_loop(pointer, dtype):  # type: ignore[no-untyped-def]
 
 def attention_f32(pointer):  # type: ignore[no-untyped-def]
     """`attend` of all tiles, float32."""
-    _attention_loop(pointer, np.float32)
+    _attention_loop(pointer, np.float32, np.float32)
 
 
 def attention_bf16(pointer):  # type: ignore[no-untyped-def]
     """`attend` of all tiles, bfloat16."""
-    _attention_loop(pointer, np.uint16)
+    _attention_loop(pointer, np.uint16, INPUTS)

@@ -22,6 +22,7 @@ from daskllm.engine.kernels.cpu.code.simd import (
     compiled,
     inlined,
     load,
+    rounded,
     store,
     vadd,
     vblend,
@@ -213,8 +214,8 @@ def _weigh(weights, values, base, mixed, alphas, parts, rows, keys, padded, zero
 
 
 @inlined
-def attention_scratch(group, size, padded, dtype):  # type: ignore[no-untyped-def]
-    """Room for one thread's `attend`, the same for every ``dtype``."""
+def attention_scratch(group, size, padded, inputs):  # type: ignore[no-untyped-def]
+    """Room for one thread's `attend`, the same for all ``inputs``."""
     rows, room = TILE * group, (size + LANES - 1) // LANES * LANES
     return (
         workspace(2 * rows * room, np.int8),  # queries, high and low bytes
@@ -272,7 +273,7 @@ def attend(  # type: ignore[no-untyped-def]
         start = ((token + r // group) * heads + head * group + r % group) * size
         total = vreduce_add(vload(sums, r * LANES))
         for i in range(size):
-            store(out, start + i, mixed[r * padded + i] / total)
+            store(out, start + i, rounded(mixed[r * padded + i] / total, q, out))
 
 
 # --- one operation at a time ----------------------------------------------------------------------------

@@ -46,6 +46,7 @@ from daskllm.engine.kernels.cpu.code.team import fetched_by, take, team_size, to
 from daskllm.engine.kernels.cpu.registers import COLUMNS, LANES, ROWS, VECTOR_ROWS, VECTORS
 
 __all__ = [
+    "INPUTS",
     "PARTS",
     "linear_bf16",
     "linear_f32",
@@ -60,8 +61,11 @@ _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _VI, _VH = ir.VectorType(_I32, LANES), ir.VectorType(_I16, LANES)
 _PAIRS = ir.VectorType(BFloat(), 2 * LANES)
 _LINE_BYTES = 64
+INPUTS = np.float32 if registers.WIDENED else np.uint16
+"""In which type rows are multiplied with bfloat16 weights: as float32 they are no more precise, but need not
+be widened again for each panel."""
 PARTS = 4 * COLUMNS // _LINE_BYTES
-"""Of a panel: a tile fetches one line for each word that it multiplies."""
+"""Lines of a panel for each word; a tile fetches one while it multiplies a word, or all with few rows."""
 
 
 def _at(builder: Any, address: Any, kind: Any, offset: int = 0) -> Any:
@@ -88,57 +92,41 @@ def _high(builder: Any, pairs: Any) -> Any:
     return builder.bitcast(builder.and_(pairs, ir.Constant(_VI, [-65536] * LANES)), VECTOR)
 
 
-def _widened(builder: Any, rows: Any, x: Any, stride: Any, words: Any) -> tuple[Any, Any]:
-    """Where a tile's inputs are as float32, and how far apart its rows are: widened once for all columns."""
-    count = builder.mul(words, _I64(2))
-    room = builder.alloca(VECTOR.element, size=builder.mul(count, _I64(VECTOR_ROWS)))
-    with cgutils.for_range(builder, rows) as row:
-        given = _at(builder, builder.add(x, builder.mul(stride, row.index)), _I16)
-        into = builder.gep(room, [builder.mul(row.index, count)])
-        with cgutils.for_range(builder, count) as column:
-            bits = builder.load(builder.gep(given, [column.index]), align=2)
-            wide = builder.bitcast(builder.shl(builder.zext(bits, _I32), _I32(16)), VECTOR.element)
-            builder.store(wide, builder.gep(into, [column.index]))
-    return builder.ptrtoint(room, _I64), builder.mul(count, _I64(4))
-
-
 @dataclass(frozen=True, slots=True)
 class _Tile:
     """Writes the instructions of tiles of one pair of types.
 
     Attributes:
-        narrow: x and w are bfloat16, two inputs in every four bytes; else float32.
+        narrow: w is bfloat16, two inputs in every four bytes; else float32.
+        widened: x is float32 though w is bfloat16, and both are multiplied as that; else x is as w.
         rounded: y is bfloat16; else float32.
+        fetching: weights are fetched for later.
     """
 
     narrow: bool
+    widened: bool
     rounded: bool
-
-    @property
-    def widened(self) -> bool:
-        """Inputs and weights are multiplied as float32, since this CPU multiplies nothing narrower."""
-        return self.narrow and not registers.BFLOAT16
+    fetching: bool
 
     def function(self, module: Any) -> Any:
         """``tile(rows, x, x_stride, w, bias, words, y, y_stride, fetched)``; addresses and strides in bytes.
 
         Registers are named at compile time, so there is a loop for each number of rows and a jump to it.
         """
-        name = f"daskllm_tile_{'bf16' if self.narrow else 'f32'}_{'bf16' if self.rounded else 'f32'}"
+        kinds = (self.narrow and not self.widened, self.narrow, self.rounded)
+        parts = ["daskllm_tile", *("bf16" if narrow else "f32" for narrow in kinds)]
+        name = "_".join([*parts, "fetching"] if self.fetching else parts)
         kind = ir.FunctionType(ir.VoidType(), [_I64] * 9)
         function = cgutils.get_or_insert_function(module, kind, name)
         if not function.blocks:
             function.linkage = "internal"
             builder = ir.IRBuilder(function.append_basic_block())
-            arguments = list(function.args)
-            if self.widened:
-                arguments[1:3] = _widened(builder, *(arguments[i] for i in (0, 1, 2, 5)))
             ways = [function.append_basic_block(f"rows_{n}") for n in range(1, VECTOR_ROWS + 1)]
-            jump = builder.switch(arguments[0], ways[-1])
+            jump = builder.switch(function.args[0], ways[-1])
             for n, block in enumerate(ways, start=1):
                 jump.add_case(_I64(n), block)
                 builder.position_at_end(block)
-                self._rows(builder, n, *arguments[1:])
+                self._rows(builder, n, *function.args[1:])
                 builder.ret_void()
         return function
 
@@ -158,9 +146,11 @@ class _Tile:
         sums = [[builder.phi(VECTOR) for _ in first] for _ in range(rows)]
         panel = builder.add(w, builder.mul(k, _I64(4 * COLUMNS)))
         columns = [builder.load(_at(builder, panel, _VI, 4 * LANES * j), align=4) for j in range(VECTORS)]
-        if not self.widened:  # not measured there
-            line = builder.add(fetched, builder.mul(k, _I64(_LINE_BYTES)))
-            write_fetch(builder, builder.inttoptr(line, ir.IntType(8).as_pointer()))
+        if self.fetching:
+            lines = PARTS if rows <= VECTOR_ROWS // 2 else 1
+            line = builder.add(fetched, builder.mul(k, _I64(lines * _LINE_BYTES)))
+            for i in range(lines):
+                write_fetch(builder, _at(builder, line, ir.IntType(8), i * _LINE_BYTES))
         # Inputs of a word that are multiplied by themselves, all rows' first ones and then all rows' second.
         parts = (
             [[part(builder, one) for one in columns] for part in (_low, _high)] if self.widened else [columns]
@@ -196,13 +186,18 @@ class _Tile:
 def tile(typingctx, rows, x, at_x, x_stride, w, at_w, bias, at_bias, words, y, at_y, y_stride, cold, fetched):  # type: ignore[no-untyped-def]
     """``y[r, c] = bias[c] + sum of x[r, k] * w[k, c]`` for `rows_together` rows and one panel of columns.
 
-    x, w and y are flat arrays, float32 or (as uint16) bfloat16, bias is float32. ``at_`` is where each begins
-    and ``_stride`` how far apart two rows are, in elements; ``words`` counts the inputs in fours of bytes;
-    ``cold`` tells that the panel is in no cache yet; from ``w[fetched]`` on, a line for each word is brought
-    into the second cache meanwhile; `amx` has a way of its own. For matrix registers the thread has called
-    `amx.configure`, and `registers.SLACK` rows behind the last one of ``x`` may be read.
+    x, w and y are flat arrays, float32 or (as uint16) bfloat16, bias is float32; where w is bfloat16, x may
+    be either, and should be `INPUTS`. ``at_`` is where each begins and ``_stride`` how far apart rows are,
+    in elements; ``words`` counts the weights of an output in fours of bytes; ``cold`` tells that the panel is
+    in no cache yet. From ``w[fetched]`` on, if that is not None, a line for each word is brought into the
+    second cache meanwhile, by half of a tile's rows or fewer `PARTS`; `amx` has a way of its own. For matrix
+    registers the thread has called `amx.configure`, and `registers.SLACK` rows behind the last one of ``x``
+    may be read.
     """
-    narrow, rounded = (one.dtype == types.uint16 for one in (x, y))
+    given, narrow, rounded = (one.dtype == types.uint16 for one in (x, w, y))
+    widened = narrow and not given
+    # Not measured where registers are narrow and bfloat16 is widened.
+    fetching = not isinstance(fetched, types.NoneType) and not (widened and VECTORS == 1)
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
         rows, x, at_x, x_stride, w, at_w, bias, at_bias, words, y, at_y, y_stride, cold, fetched = args
@@ -210,7 +205,7 @@ def tile(typingctx, rows, x, at_x, x_stride, w, at_w, bias, at_bias, words, y, a
         def start(position, array, index):  # type: ignore[no-untyped-def]
             return builder.ptrtoint(element_pointer(context, builder, sig.args[position], array, index), _I64)
 
-        size_x, size_y = _I64(2 if narrow else 4), _I64(2 if rounded else 4)
+        size_x, size_y = _I64(2 if given else 4), _I64(2 if rounded else 4)
         each = (
             rows,
             start(1, x, at_x),
@@ -221,14 +216,15 @@ def tile(typingctx, rows, x, at_x, x_stride, w, at_w, bias, at_bias, words, y, a
             start(9, y, at_y),
             builder.mul(y_stride, size_y),
         )
-        if narrow and registers.AMX:
+        if given and registers.AMX:
             builder.call(amx.function(builder.module, rounded), (*each, cold))
         else:
-            builder.call(_Tile(narrow, rounded).function(builder.module), (*each, start(4, w, fetched)))
+            ahead = start(4, w, fetched) if fetching else _I64(0)
+            builder.call(_Tile(narrow, widened, rounded, fetching).function(builder.module), (*each, ahead))
         return context.get_dummy_value()
 
     i = types.int64
-    return types.void(i, x, i, i, w, i, bias, i, i, y, i, i, types.boolean, i), codegen
+    return types.void(i, x, i, i, w, i, bias, i, i, y, i, i, types.boolean, fetched), codegen
 
 
 @compiled
@@ -252,7 +248,7 @@ def product(panel, rows, x, x_stride, w, bias, places, words, y, y_stride, spare
     """One panel's columns of ``x @ w.T + bias`` for all rows, by a thread of ``team``; ``spare`` has
     room for a tile."""
     place, count = places[2 * panel], places[2 * panel + 1]
-    size = words * COLUMNS * (4 // x.itemsize)
+    size = words * COLUMNS * (4 // w.itemsize)
     start, tiles, number, row = panel * size, tiles_of(rows), 0, 0
     while row < rows:
         many = rows_together(rows - row, x)
@@ -272,10 +268,10 @@ def product(panel, rows, x, x_stride, w, bias, places, words, y, y_stride, spare
 
 
 @inlined
-def _linear_loop(pointer, dtype, out):  # type: ignore[no-untyped-def]
+def _linear_loop(pointer, given, dtype, out):  # type: ignore[no-untyped-def]
     a = numba.carray(pointer, (13,), np.int64)
     panels, rows, x_stride, words, y_stride = a[1], a[7], a[8], a[9], a[10]
-    x = array(a[2], rows * x_stride, dtype)
+    x = array(a[2], rows * x_stride, given)
     w = array(a[3], a[11], dtype)
     bias = array(a[4], panels * COLUMNS, np.float32)
     places = array(a[5], 2 * panels, np.int64)
@@ -293,12 +289,12 @@ def _linear_loop(pointer, dtype, out):  # type: ignore[no-untyped-def]
 
 
 def linear_f32(pointer):  # type: ignore[no-untyped-def]
-    _linear_loop(pointer, np.float32, np.float32)
+    _linear_loop(pointer, np.float32, np.float32, np.float32)
 
 
 def linear_bf16(pointer):  # type: ignore[no-untyped-def]
-    _linear_loop(pointer, np.uint16, np.uint16)
+    _linear_loop(pointer, INPUTS, np.uint16, np.uint16)
 
 
 def logits_bf16(pointer):  # type: ignore[no-untyped-def]
-    _linear_loop(pointer, np.uint16, np.float32)
+    _linear_loop(pointer, INPUTS, np.uint16, np.float32)

@@ -14,6 +14,7 @@ from daskllm.engine.kernels.cpu.code.simd import (
     compiled,
     inlined,
     load,
+    rounded,
     store,
     vadd,
     vdiv,
@@ -87,12 +88,14 @@ def norm_row(item, delta, residual, out, weight, bias, size, eps, layer_norm):  
     centre, factor = vsplat(mean), vsplat(scale)
     for i in range(0, whole, LANES):
         y = vmul(vmul(vsub(vload(residual, start + i), centre), factor), vload(weight, i))
-        vstore(out, start + i, vadd(y, vload(bias, i)) if bias.size else y)
+        if bias.size:
+            y = vadd(y, vload(bias, i))
+        vstore(out, start + i, rounded(y, residual, out))
     for i in range(whole, size):
         x = (load(residual, start + i) - mean) * scale * load(weight, i)
         if bias.size:
             x += load(bias, i)
-        store(out, start + i, x)
+        store(out, start + i, rounded(x, residual, out))
 
 
 @inlined
@@ -167,7 +170,7 @@ def activate_row(source, start, up, out, at, size, kind, scratch):  # type: igno
         y = _apply(vload(source, start + i), kind)
         if up:
             y = vmul(y, vload(source, start + up + i))
-        vstore(out, at + i, y)
+        vstore(out, at + i, rounded(y, source, out))
     if whole < size:
         for i in range(size - whole):
             scratch[i] = load(source, start + whole + i)
@@ -176,7 +179,7 @@ def activate_row(source, start, up, out, at, size, kind, scratch):  # type: igno
             y1 = scratch[i]
             if up:
                 y1 *= load(source, start + up + whole + i)
-            store(out, at + whole + i, y1)
+            store(out, at + whole + i, rounded(y1, source, out))
 
 
 @inlined

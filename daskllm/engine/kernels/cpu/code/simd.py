@@ -32,6 +32,7 @@ __all__ = [
     "inlined",
     "load",
     "round_to_bfloat16",
+    "rounded",
     "splat",
     "store",
     "vadd",
@@ -180,6 +181,22 @@ def store(typingctx, array, index, value):  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     return types.void(array, types.intp, types.float32), codegen
+
+
+@intrinsic
+def rounded(typingctx, value, like, out):  # type: ignore[no-untyped-def]
+    """A float32, or a vector of them, as precise as ``like``'s elements, if ``out`` is to keep more of it."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        value, kinds = args[0], [array.dtype for array in sig.args[1:]]
+        if kinds != [types.uint16, types.float32]:
+            return value
+        wide = _VI if value.type == VECTOR else _I32
+        sixteen = _const(_VI, 16) if value.type == VECTOR else _I32(16)
+        half = builder.zext(round_to_bfloat16(builder, value), wide)
+        return builder.bitcast(builder.shl(half, sixteen), value.type)
+
+    return value(value, like, out), codegen
 
 
 @intrinsic

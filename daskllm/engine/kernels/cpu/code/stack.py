@@ -12,7 +12,7 @@ import numpy as np
 from daskllm.engine.batch import BLOCK_SIZE
 from daskllm.engine.kernels.cpu.code import amx
 from daskllm.engine.kernels.cpu.code.attention import attend, attention_scratch
-from daskllm.engine.kernels.cpu.code.gemm import PARTS, product, rows_together, tile, tiles_of
+from daskllm.engine.kernels.cpu.code.gemm import INPUTS, PARTS, product, rows_together, tile, tiles_of
 from daskllm.engine.kernels.cpu.code.rope import rope_row
 from daskllm.engine.kernels.cpu.code.rows import activate_row, norm_row
 from daskllm.engine.kernels.cpu.code.simd import array, as_float, cleared, compiled, inlined, workspace
@@ -87,9 +87,9 @@ __all__ = ["attention", "rope", "stack_bf16", "stack_f32", "stack_loop"]
 
 
 @compiled
-def _norm(a, phase, counters, delta_at, weight_at, bias_at, dtype):  # type: ignore[no-untyped-def]
+def _norm(a, phase, counters, delta_at, weight_at, bias_at, dtype, inputs):  # type: ignore[no-untyped-def]
     rows, size = a[ROWS_], a[HIDDEN]
-    residual, out = array(a[RESIDUAL_AT], rows * size, dtype), array(a[NORMED_AT], rows * size, dtype)
+    residual, out = array(a[RESIDUAL_AT], rows * size, dtype), array(a[NORMED_AT], rows * size, inputs)
     delta = array(delta_at, rows * size if delta_at else 0, dtype)
     weight, bias = array(weight_at, size, dtype), array(bias_at, size if bias_at else 0, dtype)
     many = neighbours(rows)
@@ -102,11 +102,13 @@ def _norm(a, phase, counters, delta_at, weight_at, bias_at, dtype):  # type: ign
 
 
 @compiled
-def _product(a, phase, counters, table, at, x_at, x_size, y_at, y_size, spare, dtype):  # type: ignore[no-untyped-def]
+def _product(  # type: ignore[no-untyped-def]
+    a, phase, counters, table, at, x_at, x_size, y_at, y_size, spare, dtype, inputs
+):  # fmt: skip
     rows, panels = a[ROWS_], table[at + 3]
-    x, y = array(x_at, rows * x_size, dtype), array(y_at, rows * y_size, dtype)
-    words = x_size * x.itemsize // 4
+    x, y = array(x_at, rows * x_size, inputs), array(y_at, rows * y_size, dtype)
     w = array(table[at], panels * COLUMNS * x_size, dtype)
+    words = x_size * w.itemsize // 4
     bias, places = (
         array(table[at + 1], panels * COLUMNS, np.float32),
         array(table[at + 2], 2 * panels, np.int64),
@@ -126,12 +128,12 @@ def _product(a, phase, counters, table, at, x_at, x_size, y_at, y_size, spare, d
 
 
 @compiled
-def _mlp(a, phase, counters, table, at, spare, scratch, dtype):  # type: ignore[no-untyped-def]
+def _mlp(a, phase, counters, table, at, spare, scratch, dtype, inputs):  # type: ignore[no-untyped-def]
     """Gate and up, panel by panel, and their activation while they are in the cache."""
     rows, size, panels, gated = a[ROWS_], a[HIDDEN], table[at + 3], a[GATED]
-    x, y = array(a[NORMED_AT], rows * size, dtype), array(a[INNER_AT], rows * a[INNER], dtype)
-    words = size * x.itemsize // 4
+    x, y = array(a[NORMED_AT], rows * size, inputs), array(a[INNER_AT], rows * a[INNER], inputs)
     w = array(table[at], panels * COLUMNS * size, dtype)
+    words = size * w.itemsize // 4
     bias, places = (
         array(table[at + 1], panels * COLUMNS, np.float32),
         array(table[at + 2], 2 * panels, np.int64),
@@ -189,10 +191,10 @@ def rope(a, phase, counters, table, layer, scratch, dtype):  # type: ignore[no-u
 
 
 @compiled
-def attention(a, phase, counters, table, layer, scratch, dtype):  # type: ignore[no-untyped-def]
+def attention(a, phase, counters, table, layer, scratch, dtype, mixed):  # type: ignore[no-untyped-def]
     """The phase in which rows attend."""
     rows, heads, kv_heads, size, padded = a[ROWS_], a[HEADS], a[KV_HEADS], a[SIZE], a[PADDED]
-    q, out = array(a[Q_AT], rows * heads * size, dtype), array(a[MIXED_AT], rows * heads * size, dtype)
+    q, out = array(a[Q_AT], rows * heads * size, dtype), array(a[MIXED_AT], rows * heads * size, mixed)
     keys, values = _cache(a, table, layer, dtype)
     # No tensor of a step is longer than its rows times its widest block table.
     tables, tiles = array(a[TABLES_AT], rows * a[WIDTH], np.int64), array(a[TILES_AT], 4 * a[TILES], np.int64)
@@ -219,8 +221,9 @@ def _cache(a, table, layer, dtype):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def stack_loop(pointer, dtype, rope, attention, attention_scratch):  # type: ignore[no-untyped-def]
-    """All layers of a step, by one thread of the team; the functions are those for the cache's type."""
+def stack_loop(pointer, dtype, inputs, rope, attention, attention_scratch):  # type: ignore[no-untyped-def]
+    """All layers of a step, by one thread of the team; the functions are those for the cache's type, and
+    ``inputs`` is in which products are given rows."""
     a = numba.carray(pointer, (FIELDS,), np.int64)
     counters = array(a[COUNTERS_AT], a[LAYERS] * len(PHASES) * LINE, np.int64)
     clock, times = array(a[CLOCK_AT], 1, np.int64), array(a[TIMES_AT], len(PHASES), np.int64)
@@ -230,38 +233,50 @@ def stack_loop(pointer, dtype, rope, attention, attention_scratch):  # type: ign
     heads, kv_heads, size = a[HEADS], a[KV_HEADS], a[SIZE]
     spare = workspace(2 * ROWS * COLUMNS, dtype)
     lanes = cleared(max(size, LANES), np.float32)
-    room = attention_scratch(heads // kv_heads, size, a[PADDED], dtype)
+    room = attention_scratch(heads // kv_heads, size, a[PADDED], inputs)
     hidden, give_way = a[HIDDEN], a[YIELD_AT]
     amx.configure()
     for layer in range(a[LAYERS]):
         at, phase = layer * LAYER_FIELDS, layer * len(PHASES)
         delta = a[DELTA_AT] if layer else 0
-        _norm(a, phase, counters, delta, table[at + INPUT_NORM], table[at + INPUT_BIAS], dtype)
+        _norm(a, phase, counters, delta, table[at + INPUT_NORM], table[at + INPUT_BIAS], dtype, inputs)
         meet(counters, phase, team, give_way, clock, times, 0)
         width = (heads + 2 * kv_heads) * size
         _product(
-            a, phase + 1, counters, table, at + QKV, a[NORMED_AT], hidden, a[QKV_AT], width, spare, dtype
+            a,
+            phase + 1,
+            counters,
+            table,
+            at + QKV,
+            a[NORMED_AT],
+            hidden,
+            a[QKV_AT],
+            width,
+            spare,
+            dtype,
+            inputs,
         )
         meet(counters, phase + 1, team, give_way, clock, times, 1)
         rope(a, phase + 2, counters, table, at, lanes, dtype)
         meet(counters, phase + 2, team, give_way, clock, times, 2)
-        attention(a, phase + 3, counters, table, at, room, dtype)
+        attention(a, phase + 3, counters, table, at, room, dtype, inputs)
         meet(counters, phase + 3, team, give_way, clock, times, 3)
         x, y, width = a[MIXED_AT], a[DELTA_AT], heads * size
-        _product(a, phase + 4, counters, table, at + OUT, x, width, y, hidden, spare, dtype)
+        _product(a, phase + 4, counters, table, at + OUT, x, width, y, hidden, spare, dtype, inputs)
         meet(counters, phase + 4, team, give_way, clock, times, 4)
-        _norm(a, phase + 5, counters, y, table[at + POST_NORM], table[at + POST_BIAS], dtype)
+        _norm(a, phase + 5, counters, y, table[at + POST_NORM], table[at + POST_BIAS], dtype, inputs)
         meet(counters, phase + 5, team, give_way, clock, times, 5)
-        _mlp(a, phase + 6, counters, table, at + MLP, spare, lanes, dtype)
+        _mlp(a, phase + 6, counters, table, at + MLP, spare, lanes, dtype, inputs)
         meet(counters, phase + 6, team, give_way, clock, times, 6)
-        _product(a, phase + 7, counters, table, at + DOWN, a[INNER_AT], a[INNER], y, hidden, spare, dtype)
+        x, width = a[INNER_AT], a[INNER]
+        _product(a, phase + 7, counters, table, at + DOWN, x, width, y, hidden, spare, dtype, inputs)
         meet(counters, phase + 7, team, give_way, clock, times, 7)
     amx.release()
 
 
 def stack_f32(pointer):  # type: ignore[no-untyped-def]
-    stack_loop(pointer, np.float32, rope, attention, attention_scratch)
+    stack_loop(pointer, np.float32, np.float32, rope, attention, attention_scratch)
 
 
 def stack_bf16(pointer):  # type: ignore[no-untyped-def]
-    stack_loop(pointer, np.uint16, rope, attention, attention_scratch)
+    stack_loop(pointer, np.uint16, INPUTS, rope, attention, attention_scratch)

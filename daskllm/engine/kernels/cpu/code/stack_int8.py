@@ -11,6 +11,7 @@ import numpy as np
 
 from daskllm.engine.kernels.cpu.code import amx
 from daskllm.engine.kernels.cpu.code.attention import attention_scratch
+from daskllm.engine.kernels.cpu.code.gemm import INPUTS
 from daskllm.engine.kernels.cpu.code.int8 import (
     padded_inputs,
     panels_of,
@@ -155,7 +156,7 @@ def _product(a, phase, counters, table, at, size, y_at, out, scratch, dtype):  #
 
 
 @inlined
-def stack_loop(pointer, dtype, rope, attention, attention_scratch):  # type: ignore[no-untyped-def]
+def stack_loop(pointer, dtype, inputs, rope, attention, attention_scratch):  # type: ignore[no-untyped-def]
     """As `daskllm.engine.kernels.cpu.code.stack.stack_loop`."""
     a = numba.carray(pointer, (INT8_FIELDS,), np.int64)
     counters = array(a[COUNTERS_AT], a[LAYERS] * len(INT8_PHASES) * LINE, np.int64)
@@ -166,7 +167,7 @@ def stack_loop(pointer, dtype, rope, attention, attention_scratch):  # type: ign
     heads, kv_heads, size = a[HEADS], a[KV_HEADS], a[SIZE]
     tile = product_scratch()
     lanes = cleared(max(size, LANES), np.float32)
-    room = attention_scratch(heads // kv_heads, size, a[PADDED], dtype)
+    room = attention_scratch(heads // kv_heads, size, a[PADDED], inputs)
     hidden, inner, give_way = a[HIDDEN], a[INNER], a[YIELD_AT]
     amx.configure()
     for layer in range(a[LAYERS]):
@@ -179,7 +180,7 @@ def stack_loop(pointer, dtype, rope, attention, attention_scratch):  # type: ign
         meet(counters, phase + 1, team, give_way, clock, times, 1)
         rope(a, phase + 2, counters, table, at, lanes, dtype)
         meet(counters, phase + 2, team, give_way, clock, times, 2)
-        attention(a, phase + 3, counters, table, at, room, dtype)
+        attention(a, phase + 3, counters, table, at, room, dtype, dtype)
         meet(counters, phase + 3, team, give_way, clock, times, 3)
         _quantise(a, phase + 4, counters, a[MIXED_AT], heads * size, dtype)
         meet(counters, phase + 4, team, give_way, clock, times, 4)
@@ -198,8 +199,8 @@ def stack_loop(pointer, dtype, rope, attention, attention_scratch):  # type: ign
 
 
 def stack_f32(pointer):  # type: ignore[no-untyped-def]
-    stack_loop(pointer, np.float32, rope, attention, attention_scratch)
+    stack_loop(pointer, np.float32, np.float32, rope, attention, attention_scratch)
 
 
 def stack_bf16(pointer):  # type: ignore[no-untyped-def]
-    stack_loop(pointer, np.uint16, rope, attention, attention_scratch)
+    stack_loop(pointer, np.uint16, INPUTS, rope, attention, attention_scratch)

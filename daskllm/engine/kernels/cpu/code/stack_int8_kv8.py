@@ -12,8 +12,8 @@ __all__ = ["stack_bf16", "stack_f32"]
 
 
 def stack_f32(pointer):  # type: ignore[no-untyped-def]
-    stack_loop(pointer, np.float32, rope, attention, attention_scratch)
+    stack_loop(pointer, np.float32, np.float32, rope, attention, attention_scratch)
 
 
 def stack_bf16(pointer):  # type: ignore[no-untyped-def]
-    stack_loop(pointer, np.uint16, rope, attention, attention_scratch)
+    stack_loop(pointer, np.uint16, np.uint16, rope, attention, attention_scratch)

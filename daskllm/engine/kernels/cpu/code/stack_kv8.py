@@ -15,6 +15,7 @@ from daskllm.engine.kernels.cpu.code.cache_int8 import (
     blocks_at,
     rope_row,
 )
+from daskllm.engine.kernels.cpu.code.gemm import INPUTS
 from daskllm.engine.kernels.cpu.code.simd import array, as_float, compiled
 from daskllm.engine.kernels.cpu.code.stack import stack_loop
 from daskllm.engine.kernels.cpu.code.team import neighbours, take
@@ -76,10 +77,10 @@ def rope(a, phase, counters, table, layer, scratch, dtype):  # type: ignore[no-u
 
 
 @compiled
-def attention(a, phase, counters, table, layer, scratch, dtype):  # type: ignore[no-untyped-def]
+def attention(a, phase, counters, table, layer, scratch, dtype, mixed):  # type: ignore[no-untyped-def]
     """The phase in which rows attend."""
     rows, heads, kv_heads, size, padded = a[ROWS_], a[HEADS], a[KV_HEADS], a[SIZE], a[PADDED]
-    q, out = array(a[Q_AT], rows * heads * size, dtype), array(a[MIXED_AT], rows * heads * size, dtype)
+    q, out = array(a[Q_AT], rows * heads * size, dtype), array(a[MIXED_AT], rows * heads * size, mixed)
     keys, key_scales = blocks_at(table[layer + KEYS], a[BLOCKS], kv_heads, size, KEY)
     values, value_scales = blocks_at(table[layer + VALUES], a[BLOCKS], kv_heads, padded, VALUE)
     # No tensor of a step is longer than its rows times its widest block table.
@@ -95,8 +96,8 @@ def attention(a, phase, counters, table, layer, scratch, dtype):  # type: ignore
 
 
 def stack_f32(pointer):  # type: ignore[no-untyped-def]
-    stack_loop(pointer, np.float32, rope, attention, attention_scratch)
+    stack_loop(pointer, np.float32, np.float32, rope, attention, attention_scratch)
 
 
 def stack_bf16(pointer):  # type: ignore[no-untyped-def]
-    stack_loop(pointer, np.uint16, rope, attention, attention_scratch)
+    stack_loop(pointer, np.uint16, INPUTS, rope, attention, attention_scratch)
