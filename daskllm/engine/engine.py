@@ -306,11 +306,16 @@ class Engine:
         """The next token of sequences from their rows of ``hidden``: samples of one prompt share its row,
         a sequence with drafts has a row for each besides its own."""
         rows = list(dict.fromkeys(row for row, _ in choosing))
-        logits = self.runner.logits(hidden if len(rows) == len(hidden) else hidden[rows])
-        if len(rows) < len(choosing):
-            places = {row: place for place, row in enumerate(rows)}
-            logits = logits[[places[row] for row, _ in choosing]]
-        tokens = self.sampler.choose(logits, [sequence for _, sequence in choosing])
+        places = {row: place for place, row in enumerate(rows)}
+        wanted = hidden if len(rows) == len(hidden) else hidden[rows]
+        if all(sequence.takes_likeliest for _, sequence in choosing):
+            likeliest = self.runner.likeliest(wanted).tolist()
+            tokens = [likeliest[places[row]] for row, _ in choosing]
+        else:
+            logits = self.runner.logits(wanted)
+            if len(rows) < len(choosing):
+                logits = logits[[places[row] for row, _ in choosing]]
+            tokens = self.sampler.choose(logits, [sequence for _, sequence in choosing])
         self.metrics.generated_tokens += len(tokens) - sum(1 + len(drafts) for drafts in drafted.values())
         # Siblings before their parent: it may end with its first token, and they start on its blocks.
         for (_, sequence), token in zip(reversed(choosing), reversed(tokens), strict=True):

@@ -138,7 +138,7 @@ class Profile:
         self._parts: defaultdict[str, Work] = defaultdict(Work)
         self._now = _IDLE
         self._last = time.perf_counter()
-        self._costs = _Costs()
+        self._costs = _Costs(runner.config.vocab_size)
         over: Any = engine  # what is put in the place of its parts has their methods, not their types
         over.runner.kernels = _Timed(runner.kernels, self._kernel)
         if isinstance(runner.stack, Composed):
@@ -146,6 +146,7 @@ class Profile:
         elif runner.stack is not None:
             over.runner.stack = self._stacked(runner.stack)
         over.runner.logits = self._timed(runner.logits, EDGES, _logits_cost)
+        over.runner.likeliest = self._timed(runner.likeliest, EDGES)
         if runner.embedding is not None:
             over.runner.embedding.rows = self._timed(runner.embedding.rows, EDGES, _embed_cost)
         over.batcher = _Timed(engine.batcher, self._scheduling)
@@ -290,9 +291,11 @@ def _nbytes(weights: Any) -> int:
 class _Costs:
     """Operations and bytes of the kernels' calls, with what need not be counted twice."""
 
-    def __init__(self) -> None:
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
         self.kernels: Mapping[str, tuple[str, Callable[..., Work]]] = {
             "linear": (LINEAR, self._linear),
+            "likeliest": (EDGES, self._likeliest),
             "attention": (ATTENTION, self._attention),
             "add_norm": (NORM, _norm_cost),
             "rope_store": (ROPE, _rope_cost),
@@ -305,6 +308,10 @@ class _Costs:
     def _linear(self, y: torch.Tensor, x: torch.Tensor, weight: Any, *_: Any) -> Work:
         operations = 2 * x.shape[0] * x.shape[1] * y.shape[1]
         return Work(0.0, operations, self._nbytes(weight) + x.nbytes + y.nbytes)
+
+    def _likeliest(self, tokens: torch.Tensor, x: torch.Tensor, weight: Any) -> Work:
+        operations = 2 * x.shape[0] * x.shape[1] * self._vocab_size
+        return Work(0.0, operations, self._nbytes(weight) + x.nbytes)
 
     def _nbytes(self, weight: Any) -> int:
         if id(weight) not in self._weights:

@@ -92,6 +92,13 @@ class Runner:
             out.copy_(self.kernels.linear(part, self._head.lm_head, torch.float32))
         return logits
 
+    @torch.inference_mode()
+    def likeliest(self, normed: torch.Tensor) -> torch.Tensor:
+        """Where `logits` would be largest, the first of equals: int64 ``[rows]``."""
+        assert self._head is not None, "a stage without 'head' has no logits"
+        parts = [self.kernels.likeliest(part, self._head.lm_head) for part in normed.split(LOGIT_ROWS)]
+        return torch.cat(parts)
+
     def _normed(self, delta: torch.Tensor | None, hidden: torch.Tensor, norm: Norm) -> torch.Tensor:
         return self.kernels.add_norm(
             delta, hidden, norm.weight, norm.bias, self.config.norm_eps, self.config.norm

@@ -139,6 +139,18 @@ class SequenceState:
         return len(self.tokens) - len(self.request.prompt)
 
     @property
+    def takes_likeliest(self) -> bool:
+        """Whether the next token is the likeliest by the logits alone, whichever tokens come before it."""
+        params = self.request.params
+        return (
+            params.greedy
+            and params.repetition_penalty == 1.0
+            and params.presence_penalty == params.frequency_penalty == 0.0
+            and params.logprobs is None
+            and (self.produced >= params.min_tokens or not self.request.stop_ids)
+        )
+
+    @property
     def remaining(self) -> int:
         """Tokens that still have to run before the next one can be chosen."""
         return len(self.tokens) - self.computed

@@ -51,7 +51,7 @@ class Speculation:
             running: sequences in the step.
             most: tokens that there is room for.
         """
-        if not _plain(sequence):
+        if not sequence.takes_likeliest:
             return ()
         left = min(
             sequence.request.params.max_tokens - sequence.produced, self._context - len(sequence.tokens)
@@ -86,15 +86,3 @@ class Speculation:
             return False
         row = max(costs.row, _LEAST_COST * costs.step)
         return lookup.rate(self._right / self._drafted) * (costs.step / running + row) > row
-
-
-def _plain(sequence: SequenceState) -> bool:
-    """Whether the next token is the likeliest by the logits alone, whichever tokens come before it."""
-    params = sequence.request.params
-    return (
-        params.greedy
-        and params.repetition_penalty == 1.0
-        and params.presence_penalty == params.frequency_penalty == 0.0
-        and params.logprobs is None
-        and (sequence.produced >= params.min_tokens or not sequence.request.stop_ids)
-    )

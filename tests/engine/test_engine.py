@@ -40,6 +40,9 @@ class Counting:
         self.steps.append(batch)
         return batch.tokens[batch.wanted][:, None].float()
 
+    def likeliest(self, normed: torch.Tensor) -> torch.Tensor:
+        return self.logits(normed).argmax(-1)
+
     def logits(self, normed: torch.Tensor) -> torch.Tensor:
         self.logit_rows += len(normed)
         rows = torch.zeros(len(normed), VOCAB)

@@ -4,6 +4,8 @@ rows are grouped."""
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +49,35 @@ def test_linear(dtype: torch.dtype, into: int, out: int, bias: bool) -> None:
     close(reference.linear(x, reference.pack(weights, biases)), found)
     for rows in (1, 2, 3, 4, 7, 33):
         assert torch.equal(cpu.linear(x[:rows], packed), found[:rows])
+
+
+@DTYPES
+@pytest.mark.parametrize("pack", [cpu.pack, cpu.pack_int8])
+@pytest.mark.parametrize(("into", "out"), [(1, 16), (16, 32), (45, 70), (64, 97), (48, 3001)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_likeliest_is_where_the_product_is_largest(
+    dtype: torch.dtype, pack: Callable[..., Any], into: int, out: int, bias: bool
+) -> None:
+    x, weight = random(70, into, dtype=dtype), random(out, into, dtype=dtype)
+    weight[out - 5 :] = weight[:5]  # equals, in other panels and lanes: the first of them counts
+    x[1], x[2] = 0, float("nan")
+    x[3] = weight[out - 1] * 3
+    b = weight[:, 0].contiguous() if bias else None
+    packed = pack(weight.split([10, out - 10]), None if b is None else b.split([10, out - 10]))
+    expected = cpu.linear(x, packed, torch.float32).max(-1).indices
+    for rows in (70, 1, 2, 5, 33):
+        found = cpu.likeliest(x[:rows], packed)
+        assert found.dtype == torch.int64
+        assert torch.equal(found, expected[:rows])
+
+
+def test_the_reference_of_likeliest() -> None:
+    x, weight = random(7, 16, dtype=torch.float32), random(40, 16, dtype=torch.float32)
+    weight[20:] = weight[:20]
+    for plain, packed in ((reference.pack, cpu.pack), (reference.pack_int8, cpu.pack_int8)):
+        found = reference.likeliest(x, plain([weight], None))
+        assert torch.equal(found, cpu.likeliest(x, packed([weight], None)))
+        assert (found < 20).all()
 
 
 @DTYPES

@@ -7,6 +7,7 @@ load         whatever a model's steps run, ready to be called
 pack         weights, side by side as one, in the layout that `linear` reads best
 pack_int8    the same, quantised to int8 with a scale per output channel
 linear       product with packed weights, and their biases
+likeliest    where each row of such a product is largest
 add_norm     residual add, then RMS or layer norm
 rope_store   q/k norm, rotary embedding, keys and values into the cache
 attention    every query row over its own sequence's blocks
@@ -50,6 +51,7 @@ class Kernels(Protocol):
     def pack(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None) -> Any: ...
     def pack_int8(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None) -> Any: ...
     def linear(self, x: torch.Tensor, weight: Any, dtype: torch.dtype | None = None) -> torch.Tensor: ...
+    def likeliest(self, x: torch.Tensor, weight: Any) -> torch.Tensor: ...
     def add_norm(
         self,
         delta: torch.Tensor | None,

@@ -32,6 +32,7 @@ __all__ = [
     "activate",
     "add_norm",
     "attention",
+    "likeliest",
     "linear",
     "load",
     "pack",
@@ -107,6 +108,11 @@ def linear(x: torch.Tensor, weight: Packed | PackedInt8, dtype: torch.dtype | No
     parts = [F.linear(x, w, b) for w, b in zip(weight.weights, biases, strict=True)]
     y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
     return y if dtype is None else y.to(dtype)
+
+
+def likeliest(x: torch.Tensor, weight: Packed | PackedInt8) -> torch.Tensor:
+    """Where each row of `linear`'s float32 product is largest, the first of equals: int64 ``[rows]``."""
+    return linear(x, weight, torch.float32).max(-1).indices
 
 
 def add_norm(

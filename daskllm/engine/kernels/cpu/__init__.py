@@ -21,7 +21,7 @@ import torch
 
 from daskllm.engine.kernels.composed import Composed
 from daskllm.engine.kernels.cpu.cached import attention, cache_kernels, rope_store
-from daskllm.engine.kernels.cpu.gemm import Packed, linear, linear_kernel, pack
+from daskllm.engine.kernels.cpu.gemm import Packed, likeliest, linear, linear_kernel, pack
 from daskllm.engine.kernels.cpu.int8 import PackedInt8, product_kernels
 from daskllm.engine.kernels.cpu.registers import DENIED
 from daskllm.engine.kernels.cpu.rows import activate, activate_kernel, add_norm, norm_kernel
@@ -35,6 +35,7 @@ __all__ = [
     "activate",
     "add_norm",
     "attention",
+    "likeliest",
     "linear",
     "load",
     "pack",

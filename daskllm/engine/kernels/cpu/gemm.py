@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from daskllm.blocks.regions import room
 from daskllm.engine.kernels.cpu import registers
 from daskllm.engine.kernels.cpu.compiled import Kernel
+from daskllm.engine.kernels.cpu.largest import NOT_ASKED, Lanes
 from daskllm.engine.kernels.cpu.registers import AMX, COLUMNS, SLACK
 from daskllm.engine.kernels.cpu.team import TEAM_SIZE, run
 
 if TYPE_CHECKING:
     from daskllm.engine.kernels.cpu.int8 import PackedInt8
 
-__all__ = ["Packed", "linear", "linear_kernel", "pack"]
+__all__ = ["Packed", "likeliest", "linear", "linear_kernel", "pack"]
 
 _LINEAR_F32, _LINEAR_BF16, _LOGITS_BF16 = (
     Kernel("gemm", name) for name in ("linear_f32", "linear_bf16", "logits_bf16")
@@ -96,7 +97,25 @@ def linear(x: torch.Tensor, weight: Packed | PackedInt8, dtype: torch.dtype | No
     if not isinstance(weight, Packed):
         return weight.product(x, dtype)
     y = torch.empty((x.shape[0], weight.outputs), dtype=dtype or x.dtype)
-    kernel = linear_kernel(x.dtype, y.dtype)
+    _multiply(linear_kernel(x.dtype, y.dtype), x, weight, y.data_ptr(), NOT_ASKED)
+    return y
+
+
+def likeliest(x: torch.Tensor, weight: Packed | PackedInt8) -> torch.Tensor:
+    """Where each row of the float32 product is largest, the first of equals: int64 ``[rows]``.
+
+    The product is not kept: of 32 rows and 49,152 outputs it would be 6 MB to be written and read again.
+    """
+    lanes = Lanes(x.shape[0])
+    if isinstance(weight, Packed):
+        _multiply(linear_kernel(x.dtype, torch.float32), x, weight, 0, lanes.arguments)
+    else:
+        weight.multiply(x, torch.float32, 0, lanes.arguments)
+    return lanes.outputs()
+
+
+def _multiply(kernel: Kernel, x: torch.Tensor, weight: Packed, y: int, largest: tuple[int, int, int]) -> None:
+    rows = x.shape[0]
     if x.shape[1] % (4 // x.itemsize):
         x = F.pad(x, (0, 1))
     x = x.contiguous()
@@ -111,12 +130,12 @@ def linear(x: torch.Tensor, weight: Packed | PackedInt8, dtype: torch.dtype | No
         weight.panels.data_ptr(),
         weight.bias.data_ptr(),
         weight.places.data_ptr(),
-        y.data_ptr(),
-        y.shape[0],
+        y,
+        rows,
         x.shape[1],
         weight.words,
         weight.outputs,
         weight.panels.numel(),
         TEAM_SIZE,
+        *largest,
     )
-    return y

@@ -14,6 +14,7 @@ import torch
 
 from daskllm.blocks.regions import room
 from daskllm.engine.kernels.cpu.compiled import Kernel
+from daskllm.engine.kernels.cpu.largest import NOT_ASKED
 from daskllm.engine.kernels.cpu.registers import INT8_COLUMNS, INT8_ROWS, LANES
 from daskllm.engine.kernels.cpu.team import TEAM_SIZE, address, run
 from daskllm.engine.kernels.int8 import quantised
@@ -71,15 +72,20 @@ class PackedInt8:
 
     def product(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """x @ weight.T + bias, ``[rows, in] -> [rows, out]``, in the type of ``x`` or another."""
+        y = torch.empty((x.shape[0], self.outputs), dtype=dtype or x.dtype)
+        self.multiply(x, y.dtype, y.data_ptr(), NOT_ASKED)
+        return y
+
+    def multiply(self, x: torch.Tensor, dtype: torch.dtype, y: int, largest: tuple[int, int, int]) -> None:
+        """The product to address ``y``, or what is `largest.Lanes` of it."""
         rows, size = x.shape
         x = x.contiguous()
         sixteens, quads = self.weight.shape[:2]
         q = torch.empty((padded_rows(rows), 4 * quads), dtype=torch.int8)
         scales, minus = torch.empty(len(q)), torch.empty(len(q), dtype=torch.int32)
         given = (q.data_ptr(), scales.data_ptr(), minus.data_ptr())
-        quantise, product = product_kernels(x.dtype, dtype or x.dtype)
+        quantise, product = product_kernels(x.dtype, dtype)
         run(quantise, rows, x.data_ptr(), *given, size)
-        y = torch.empty((rows, self.outputs), dtype=dtype or x.dtype)
         run(
             product,
             -(-sixteens // INT8_COLUMNS),
@@ -87,14 +93,14 @@ class PackedInt8:
             self.weight.data_ptr(),
             self.scales.data_ptr(),
             address(self.bias),
-            y.data_ptr(),
+            y,
             rows,
             self.outputs,
             sixteens,
             quads,
             TEAM_SIZE,
+            *largest,
         )
-        return y
 
 
 def product_kernels(given: torch.dtype, made: torch.dtype) -> tuple[Kernel, Kernel]:

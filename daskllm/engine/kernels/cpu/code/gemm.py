@@ -30,6 +30,7 @@ from numba.extending import intrinsic
 
 from daskllm.engine.kernels.cpu import registers
 from daskllm.engine.kernels.cpu.code import amx
+from daskllm.engine.kernels.cpu.code.largest import look
 from daskllm.engine.kernels.cpu.code.simd import (
     VECTOR,
     BFloat,
@@ -244,10 +245,9 @@ def tiles_of(rows):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def product(panel, rows, x, x_stride, w, bias, places, words, y, y_stride, spare, team):  # type: ignore[no-untyped-def]
-    """One panel's columns of ``x @ w.T + bias`` for all rows, by a thread of ``team``; ``spare`` has
-    room for a tile."""
-    place, count = places[2 * panel], places[2 * panel + 1]
+def product(panel, rows, x, x_stride, w, bias, place, count, words, y, y_stride, spare, team):  # type: ignore[no-untyped-def]
+    """One panel's ``count`` columns of ``x @ w.T + bias`` for all rows, to ``y[:, place:]``, by a thread of
+    ``team``; ``spare`` has room for a tile."""
     size = words * COLUMNS * (4 // w.itemsize)
     start, tiles, number, row = panel * size, tiles_of(rows), 0, 0
     while row < rows:
@@ -269,14 +269,19 @@ def product(panel, rows, x, x_stride, w, bias, places, words, y, y_stride, spare
 
 @inlined
 def _linear_loop(pointer, given, dtype, out):  # type: ignore[no-untyped-def]
-    a = numba.carray(pointer, (13,), np.int64)
+    a = numba.carray(pointer, (16,), np.int64)
     panels, rows, x_stride, words, y_stride = a[1], a[7], a[8], a[9], a[10]
     x = array(a[2], rows * x_stride, given)
     w = array(a[3], a[11], dtype)
     bias = array(a[4], panels * COLUMNS, np.float32)
     places = array(a[5], 2 * panels, np.int64)
-    y = array(a[6], rows * y_stride, out)
+    y = array(a[6], rows * y_stride if a[6] else 0, out)
     spare = workspace(ROWS * COLUMNS, out)
+    largest = a[13] != 0
+    line = workspace(rows * COLUMNS if largest else 0, out)
+    slot = take(a, 15) * rows * LANES if largest else 0
+    lanes = slot + rows * LANES if largest else 0
+    best, where = array(a[13], lanes, np.float32), array(a[14], lanes, np.float32)
     group, team = together(rows, panels), team_size(a[12])
     amx.configure()
     while True:
@@ -284,7 +289,12 @@ def _linear_loop(pointer, given, dtype, out):  # type: ignore[no-untyped-def]
         if first >= panels:
             break
         for panel in range(first, min(first + group, panels)):
-            product(panel, rows, x, x_stride, w, bias, places, words, y, y_stride, spare, team)
+            place, count = places[2 * panel], places[2 * panel + 1]
+            if largest:
+                product(panel, rows, x, x_stride, w, bias, 0, COLUMNS, words, line, COLUMNS, spare, team)
+                look(line, COLUMNS, rows, 0, count, place, best, where, slot)
+            else:
+                product(panel, rows, x, x_stride, w, bias, place, count, words, y, y_stride, spare, team)
     amx.release()
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from daskllm.engine.kernels.cpu import fields
 from daskllm.engine.kernels.cpu.code import amx
+from daskllm.engine.kernels.cpu.code.largest import look
 from daskllm.engine.kernels.cpu.code.simd import (
     array,
     compiled,
@@ -54,6 +55,14 @@ def panels_of(sixteens):  # type: ignore[no-untyped-def]
 
 
 @compiled
+def panel_begin(panel, sixteens):  # type: ignore[no-untyped-def]
+    """A panel's first channel, and how many of its channels are left to another: the last panel may begin
+    within the one before, and leaves what that one writes."""
+    first = min(panel * INT8_COLUMNS, sixteens - INT8_COLUMNS)
+    return first * LANES, (panel * INT8_COLUMNS - first) * LANES
+
+
+@compiled
 def quantise_row(x, row, size, q, scales, minus):  # type: ignore[no-untyped-def]
     """``x[row]`` as int8 to ``q[row]``, filled up with zeros; its scale, and its sum times 128."""
     at, room = row * size, padded_inputs(size)
@@ -93,15 +102,14 @@ def product_scratch():  # type: ignore[no-untyped-def]
 
 @compiled
 def product(  # type: ignore[no-untyped-def]
-    panel, start, stop, q, scales, minus, w, w_scales, bias, y, out, sixteens, quads, scratch, team
+    panel, start, stop, q, scales, minus, w, w_scales, bias, y, stride, left, out, sixteens, quads, scratch,
+    team
 ):  # fmt: skip
-    """One panel's channels of ``x @ w.T + bias`` for rows ``start <= row < stop``, ``x`` quantised, by a
-    thread of ``team``."""
+    """One panel's channels of ``x @ w.T + bias`` for rows ``start <= row < stop``, ``x`` quantised, to
+    ``y[row * stride + channel - left]``, by a thread of ``team``."""
     tile, line = scratch
-    # The last panel may begin within the one before, and leaves what that one writes.
-    first = min(panel * INT8_COLUMNS, sixteens - INT8_COLUMNS)
-    own = panel * INT8_COLUMNS - first
-    first *= LANES
+    first, begin = panel_begin(panel, sixteens)
+    own = begin // LANES
     tiles, size = (stop - start + INT8_ROWS - 1) // INT8_ROWS, _PANEL * quads * 4
     panels = panels_of(sixteens)
     for row in range(start, stop, INT8_ROWS):
@@ -109,7 +117,7 @@ def product(  # type: ignore[no-untyped-def]
         fetched = fetched_by(number, tiles, INT8_COLUMNS, panel, team, panels, size)
         dot_tile(q, row * quads * 4, w, first * quads * 4, quads, minus, row, tile, row == start, fetched)
         for r in range(min(INT8_ROWS, stop - row)):
-            scale, at = vsplat(scales[row + r]), (row + r) * out
+            scale, at = vsplat(scales[row + r]), (row + r) * stride - left
             for c in range(own, INT8_COLUMNS):
                 channel = first + c * LANES
                 v = vmul(vload(tile, r * _PANEL + c * LANES), scale)
@@ -149,14 +157,20 @@ def quantise_bf16(pointer):  # type: ignore[no-untyped-def]
 
 @inlined
 def _linear_loop(pointer, dtype):  # type: ignore[no-untyped-def]
-    a = numba.carray(pointer, (14,), np.int64)
+    a = numba.carray(pointer, (17,), np.int64)
     panels, rows, out, sixteens, quads = a[1], a[9], a[10], a[11], a[12]
     room, channels = rows + INT8_ROWS - 1, sixteens * LANES
     q = array(a[2], room * quads * 4, np.int8)
     scales, minus = array(a[3], room, np.float32), array(a[4], room, np.int32)
     w, w_scales = array(a[5], channels * quads * 4, np.uint8), array(a[6], channels, np.float32)
-    bias, y = array(a[7], channels if a[7] else 0, np.float32), array(a[8], rows * out, dtype)
+    bias = array(a[7], channels if a[7] else 0, np.float32)
+    y = array(a[8], rows * out if a[8] else 0, dtype)
     scratch = product_scratch()
+    largest = a[14] != 0
+    line = workspace(rows * _PANEL if largest else 0, dtype)
+    slot = take(a, 16) * rows * LANES if largest else 0
+    lanes = slot + rows * LANES if largest else 0
+    best, where = array(a[14], lanes, np.float32), array(a[15], lanes, np.float32)
     group, team = together(rows, panels), team_size(a[13])
     amx.configure()
     while True:
@@ -164,10 +178,18 @@ def _linear_loop(pointer, dtype):  # type: ignore[no-untyped-def]
         if first >= panels:
             break
         for panel in range(first, min(first + group, panels)):
-            product(
-                panel, 0, rows, q, scales, minus, w, w_scales, bias, y, out, sixteens, quads, scratch,
-                team,
-            )  # fmt: skip
+            if largest:
+                left, begin = panel_begin(panel, sixteens)
+                product(
+                    panel, 0, rows, q, scales, minus, w, w_scales, bias, line, _PANEL, left, out, sixteens,
+                    quads, scratch, team,
+                )  # fmt: skip
+                look(line, _PANEL, rows, begin, min(_PANEL, out - left), left, best, where, slot)
+            else:
+                product(
+                    panel, 0, rows, q, scales, minus, w, w_scales, bias, y, out, 0, out, sixteens, quads,
+                    scratch, team,
+                )  # fmt: skip
     amx.release()
 
 

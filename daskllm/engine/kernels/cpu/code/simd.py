@@ -43,6 +43,7 @@ __all__ = [
     "vload",
     "vmax",
     "vmul",
+    "vpick",
     "vreduce_add",
     "vreduce_max",
     "vround",
@@ -286,6 +287,18 @@ def vmax(typingctx, a, b):  # type: ignore[no-untyped-def]
         return builder.select(builder.fcmp_ordered(">", *args), *args)
 
     return f32x16(f32x16, f32x16), codegen
+
+
+@intrinsic
+def vpick(typingctx, x, y, a, b):  # type: ignore[no-untyped-def]
+    """Lanes of a where x is larger than y, or the first of both that is no number; of b elsewhere."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        x_, y_, a_, b_ = args
+        larger = builder.fcmp_unordered(">", x_, y_)
+        return builder.select(builder.and_(larger, builder.fcmp_ordered("ord", y_, y_)), a_, b_)
+
+    return f32x16(f32x16, f32x16, f32x16, f32x16), codegen
 
 
 @intrinsic

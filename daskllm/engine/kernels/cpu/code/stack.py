@@ -124,7 +124,10 @@ def _product(  # type: ignore[no-untyped-def]
         part, into = x[first * x_size : last * x_size], y[first * y_size : last * y_size]
         begin = item % groups * group
         for panel in range(begin, min(begin + group, panels)):
-            product(panel, last - first, part, x_size, w, bias, places, words, into, y_size, spare, team)
+            place, count = places[2 * panel], places[2 * panel + 1]
+            product(
+                panel, last - first, part, x_size, w, bias, place, count, words, into, y_size, spare, team
+            )  # fmt: skip
 
 
 @compiled

@@ -150,8 +150,8 @@ def _product(a, phase, counters, table, at, size, y_at, out, scratch, dtype):  #
         begin = item % groups * group
         for panel in range(begin, min(begin + group, panels)):
             product(
-                panel, first, last, q, scales, minus, w, w_scales, bias, y, out, sixteens, quads, scratch,
-                team,
+                panel, first, last, q, scales, minus, w, w_scales, bias, y, out, 0, out, sixteens, quads,
+                scratch, team,
             )  # fmt: skip
 
 
