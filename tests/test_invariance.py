@@ -49,6 +49,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         return choose(logits, sequences)
 
     monkeypatch.setattr(sampler, "choose", recording)
+    monkeypatch.setattr(SequenceState, "takes_likeliest", False)  # which needs no logits
     return found
 
 
@@ -94,6 +95,25 @@ def test_same_bits(name: str, dtype: str, tmp_path: Path, seen: Seen) -> None:
     small, session = run(path, dtype, seen, prompts, kv_memory=8 * block_bytes(session))
     assert same(small)
     assert session.engine.metrics.preemptions > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CONFIGS[:3])
+def test_rows_that_need_no_logits_choose_the_same(
+    name: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny.make_model(name, tmp_path / "model", dtype=DTYPES[dtype]["dtype"])
+    session = Session.open(ModelSpec(path=str(path), **DTYPES[dtype]))
+
+    def tokens() -> list[tuple[int, ...]]:
+        return [one.token_ids for [one] in session.generate(rows(), GREEDY)]
+
+    try:
+        without = tokens()
+        monkeypatch.setattr(SequenceState, "takes_likeliest", False)
+        assert tokens() == without
+    finally:
+        session.close()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "kv8"])
