@@ -20,7 +20,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from daskllm.engine.kernels.cpu.code.simd import VECTOR, round_to_bfloat16, splat, write_fetch
+from daskllm.engine.kernels.cpu.code.memory import write_fetch
+from daskllm.engine.kernels.cpu.code.simd import VECTOR, round_to_bfloat16, splat
 from daskllm.engine.kernels.cpu.registers import AMX, INT8_COLUMNS, INT8_ROWS, LANES, ROWS, TILE_HEIGHT
 
 __all__ = ["configure", "function", "int8_function", "release"]

@@ -9,29 +9,31 @@ from daskllm.engine.batch import BLOCK_SIZE, TILE
 from daskllm.engine.kernels.cpu import registers
 from daskllm.engine.kernels.cpu.code import amx
 from daskllm.engine.kernels.cpu.code.gemm import INPUTS, rows_together, tile
-from daskllm.engine.kernels.cpu.code.simd import (
+from daskllm.engine.kernels.cpu.code.memory import (
     array,
     as_float,
     cleared,
-    compiled,
     fetch,
-    inlined,
     load,
     rounded,
     store,
+    vload,
+    vstore,
+    workspace,
+)
+from daskllm.engine.kernels.cpu.code.simd import (
+    compiled,
+    inlined,
     vadd,
     vblend,
     vexp,
     vfma,
-    vload,
     vmax,
     vmul,
     vreduce_add,
     vreduce_max,
     vsplat,
-    vstore,
     vsub,
-    workspace,
 )
 from daskllm.engine.kernels.cpu.code.team import take
 from daskllm.engine.kernels.cpu.registers import COLUMNS, LANES, SLACK

@@ -14,30 +14,32 @@ import numpy as np
 
 from daskllm.engine.batch import BLOCK_SIZE, TILE
 from daskllm.engine.kernels.cpu.code.attention import MASKED
-from daskllm.engine.kernels.cpu.code.rope import turned_head
-from daskllm.engine.kernels.cpu.code.simd import (
+from daskllm.engine.kernels.cpu.code.memory import (
     array,
     as_float,
     cleared,
-    compiled,
-    inlined,
     load,
     rounded,
     store,
+    vload,
+    vstore,
+    workspace,
+)
+from daskllm.engine.kernels.cpu.code.rope import turned_head
+from daskllm.engine.kernels.cpu.code.simd import (
+    compiled,
+    inlined,
     vadd,
     vblend,
     vexp,
     vfma,
-    vload,
     vmax,
     vmul,
     vreduce_add,
     vreduce_max,
     vround,
     vsplat,
-    vstore,
     vsub,
-    workspace,
 )
 from daskllm.engine.kernels.cpu.code.team import neighbours, take
 from daskllm.engine.kernels.cpu.code.vnni import BLOCK_ROWS, dot_rows

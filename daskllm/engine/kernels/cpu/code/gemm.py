@@ -31,17 +31,14 @@ from numba.extending import intrinsic
 from daskllm.engine.kernels.cpu import registers
 from daskllm.engine.kernels.cpu.code import amx
 from daskllm.engine.kernels.cpu.code.largest import look
+from daskllm.engine.kernels.cpu.code.memory import array, element_pointer, workspace, write_fetch
 from daskllm.engine.kernels.cpu.code.simd import (
     VECTOR,
     BFloat,
-    array,
     compiled,
-    element_pointer,
     inlined,
     round_to_bfloat16,
     splat,
-    workspace,
-    write_fetch,
 )
 from daskllm.engine.kernels.cpu.code.team import fetched_by, take, team_size, together
 from daskllm.engine.kernels.cpu.registers import COLUMNS, LANES, ROWS, VECTOR_ROWS, VECTORS

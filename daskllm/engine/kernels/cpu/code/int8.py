@@ -8,23 +8,18 @@ import numpy as np
 from daskllm.engine.kernels.cpu import fields
 from daskllm.engine.kernels.cpu.code import amx
 from daskllm.engine.kernels.cpu.code.largest import look
+from daskllm.engine.kernels.cpu.code.memory import array, load, store, vload, vstore, workspace
 from daskllm.engine.kernels.cpu.code.simd import (
-    array,
     compiled,
     inlined,
-    load,
-    store,
     vadd,
-    vload,
     vmax,
     vmul,
     vreduce_add,
     vreduce_max,
     vround,
     vsplat,
-    vstore,
     vsub,
-    workspace,
 )
 from daskllm.engine.kernels.cpu.code.team import fetched_by, neighbours, take, team_size, together
 from daskllm.engine.kernels.cpu.code.vnni import dot_tile

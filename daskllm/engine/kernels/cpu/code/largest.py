@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from daskllm.engine.kernels.cpu.code.simd import compiled, vblend, vload, vpick, vsplat, vstore
+from daskllm.engine.kernels.cpu.code.memory import vload, vstore
+from daskllm.engine.kernels.cpu.code.simd import compiled, vblend, vpick, vsplat
 from daskllm.engine.kernels.cpu.registers import LANES
 
 __all__ = ["look"]

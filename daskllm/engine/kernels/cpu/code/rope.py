@@ -13,22 +13,17 @@ import numba
 import numpy as np
 
 from daskllm.engine.batch import BLOCK_SIZE
-from daskllm.engine.kernels.cpu.code.rows import sum_of_squares
-from daskllm.engine.kernels.cpu.code.simd import (
+from daskllm.engine.kernels.cpu.code.memory import (
     array,
     as_float,
-    compiled,
-    inlined,
     load,
     store,
-    vadd,
     vload,
-    vmul,
-    vsplat,
     vstore,
-    vsub,
     workspace,
 )
+from daskllm.engine.kernels.cpu.code.rows import sum_of_squares
+from daskllm.engine.kernels.cpu.code.simd import compiled, inlined, vadd, vmul, vsplat, vsub
 from daskllm.engine.kernels.cpu.code.team import neighbours, take
 from daskllm.engine.kernels.cpu.registers import COLUMNS, LANES
 

@@ -7,25 +7,27 @@ import math
 import numba
 import numpy as np
 
-from daskllm.engine.kernels.cpu.code.simd import (
+from daskllm.engine.kernels.cpu.code.memory import (
     array,
     as_float,
     cleared,
-    compiled,
-    inlined,
     load,
     rounded,
     store,
+    vload,
+    vstore,
+)
+from daskllm.engine.kernels.cpu.code.simd import (
+    compiled,
+    inlined,
     vadd,
     vdiv,
     vexp,
     vfma,
-    vload,
     vmax,
     vmul,
     vreduce_add,
     vsplat,
-    vstore,
     vsub,
 )
 from daskllm.engine.kernels.cpu.code.team import neighbours, take

@@ -13,9 +13,10 @@ from daskllm.engine.batch import BLOCK_SIZE
 from daskllm.engine.kernels.cpu.code import amx
 from daskllm.engine.kernels.cpu.code.attention import attend, attention_scratch
 from daskllm.engine.kernels.cpu.code.gemm import INPUTS, PARTS, product, rows_together, tile, tiles_of
+from daskllm.engine.kernels.cpu.code.memory import array, as_float, cleared, workspace
 from daskllm.engine.kernels.cpu.code.rope import rope_row
 from daskllm.engine.kernels.cpu.code.rows import activate_row, norm_row
-from daskllm.engine.kernels.cpu.code.simd import array, as_float, cleared, compiled, inlined, workspace
+from daskllm.engine.kernels.cpu.code.simd import compiled, inlined
 from daskllm.engine.kernels.cpu.code.team import (
     begin,
     fetched_by,

@@ -19,8 +19,9 @@ from daskllm.engine.kernels.cpu.code.int8 import (
     product_scratch,
     quantise_row,
 )
+from daskllm.engine.kernels.cpu.code.memory import array, as_float, cleared
 from daskllm.engine.kernels.cpu.code.rows import activate_row, norm_row
-from daskllm.engine.kernels.cpu.code.simd import array, as_float, cleared, compiled, inlined
+from daskllm.engine.kernels.cpu.code.simd import compiled, inlined
 from daskllm.engine.kernels.cpu.code.stack import attention, rope
 from daskllm.engine.kernels.cpu.code.team import begin, meet, neighbours, take, team_size, together
 from daskllm.engine.kernels.cpu.fields import (

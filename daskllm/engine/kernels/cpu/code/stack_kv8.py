@@ -16,7 +16,8 @@ from daskllm.engine.kernels.cpu.code.cache_int8 import (
     rope_row,
 )
 from daskllm.engine.kernels.cpu.code.gemm import INPUTS
-from daskllm.engine.kernels.cpu.code.simd import array, as_float, compiled
+from daskllm.engine.kernels.cpu.code.memory import array, as_float
+from daskllm.engine.kernels.cpu.code.simd import compiled
 from daskllm.engine.kernels.cpu.code.stack import stack_loop
 from daskllm.engine.kernels.cpu.code.team import neighbours, take
 from daskllm.engine.kernels.cpu.fields import (

@@ -14,7 +14,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from daskllm.engine.kernels.cpu.code.simd import compiled, element_pointer
+from daskllm.engine.kernels.cpu.code.memory import element_pointer
+from daskllm.engine.kernels.cpu.code.simd import compiled
 from daskllm.engine.kernels.cpu.fields import LINE
 
 __all__ = ["begin", "fetched_by", "meet", "neighbours", "take", "team_size", "together"]

@@ -14,7 +14,8 @@ from numba.extending import intrinsic
 
 from daskllm.engine.kernels.cpu import registers
 from daskllm.engine.kernels.cpu.code import amx, avx2
-from daskllm.engine.kernels.cpu.code.simd import element_pointer, splat, write_fetch
+from daskllm.engine.kernels.cpu.code.memory import element_pointer, write_fetch
+from daskllm.engine.kernels.cpu.code.simd import splat
 from daskllm.engine.kernels.cpu.registers import INT8_COLUMNS, INT8_ROWS, LANES
 
 __all__ = ["BLOCK_ROWS", "dot_rows", "dot_tile"]
