@@ -79,7 +79,9 @@ class Runner:
         rows = batch.wanted
         if not rows.numel():
             return hidden[:0]
-        return self._normed(None if delta is None else delta[rows], hidden[rows], self._head.norm)
+        if len(rows) < len(hidden):  # in a decode step there is nothing to leave out
+            delta, hidden = None if delta is None else delta[rows], hidden[rows]
+        return self._normed(delta, hidden, self._head.norm)
 
     @torch.inference_mode()
     def logits(self, normed: torch.Tensor) -> torch.Tensor:

@@ -85,7 +85,7 @@ class PackedInt8:
         scales, minus = torch.empty(len(q)), torch.empty(len(q), dtype=torch.int32)
         given = (q.data_ptr(), scales.data_ptr(), minus.data_ptr())
         quantise, product = product_kernels(x.dtype, dtype)
-        run(quantise, rows, x.data_ptr(), *given, size)
+        run(quantise, rows, x.data_ptr(), *given, size, numbers=x.numel())
         run(
             product,
             -(-sixteens // INT8_COLUMNS),

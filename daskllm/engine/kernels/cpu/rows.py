@@ -43,6 +43,7 @@ def add_norm(
         residual.shape[1],
         float_bits(eps),
         int(kind == "layer"),
+        numbers=residual.numel(),
     )
     return out
 
