@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +105,21 @@ def test_rows_that_need_no_logits_choose_the_same(
 ) -> None:
     path = tiny.make_model(name, tmp_path / "model", dtype=DTYPES[dtype]["dtype"])
     session = Session.open(ModelSpec(path=str(path), **DTYPES[dtype]))
+    session.engine.batcher.draft = None
+    found, likeliest = [], session.engine.runner.likeliest
+    session.engine.runner.likeliest = lambda x: found.append(len(x)) or likeliest(x)  # type: ignore[method-assign]
 
-    def tokens() -> list[tuple[int, ...]]:
-        return [one.token_ids for [one] in session.generate(rows(), GREEDY)]
+    def tokens() -> list[list[tuple[int, ...]]]:
+        samples = session.generate(rows(), replace(GREEDY, n=2))
+        return [[one.token_ids for one in both] for both in samples]
 
     try:
         without = tokens()
+        steps = len(found)
+        assert steps >= GREEDY.max_tokens
         monkeypatch.setattr(SequenceState, "takes_likeliest", False)
         assert tokens() == without
+        assert len(found) == steps
     finally:
         session.close()
 

@@ -48,7 +48,7 @@ class Batch:
         tables: int64 [chunks, longest table], block ids, padded with 0 and never read there.
         tiles: int64 [tiles, 4], (chunk, first row, rows, first position): runs of one chunk's rows that
             read keys together.
-        wanted: int64 [wanted], rows that somebody waits for behind the last layer, in chunk order.
+        wanted: int64 [wanted], rows that somebody waits for behind the last layer, ascending.
     """
 
     tokens: torch.Tensor

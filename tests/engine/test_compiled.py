@@ -123,7 +123,7 @@ print(json.dumps([
     [one.token_ids for one in daskllm.load(sys.argv[1], dtype="float32", answers=None, **options).generate(
         [[5, 6, 7, 8, 9] * 9, [3]], max_tokens=12, ignore_eos=True)]
     for options in ({}, {"quantize": "int8", "kv_dtype": "int8"})
-]))
+] + [daskllm.load(sys.argv[1], dtype="bfloat16", answers=None).score([[5, 6, 7, 8, 9] * 9], tokens=True)]))
 """
 
 
@@ -139,14 +139,17 @@ def test_a_cpu_with_narrow_registers_gives_the_same_tokens(tmp_path: Path) -> No
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    *answers, scores = json.loads(done.stdout)
     options: Any
-    for options, found in zip(
-        ({}, {"quantize": "int8", "kv_dtype": "int8"}), json.loads(done.stdout), strict=True
-    ):
+    for options, found in zip(({}, {"quantize": "int8", "kv_dtype": "int8"}), answers, strict=True):
         llm = daskllm.load(path, dtype="float32", answers=None, **options)
         ours = llm.generate([[5, 6, 7, 8, 9] * 9, [3]], max_tokens=12, ignore_eos=True)
         llm.close()
         assert [list(one.token_ids) for one in ours] == found
+    llm = daskllm.load(path, dtype="bfloat16", answers=None)
+    [ours_], [theirs] = llm.score([[5, 6, 7, 8, 9] * 9], tokens=True), scores
+    llm.close()
+    assert list(ours_) == pytest.approx(theirs, abs=0.1)
 
 
 OTHERWISE = """
@@ -161,7 +164,7 @@ assert gemm.INPUTS == (gemm.np.float32 if registers.WIDENED else gemm.np.uint16)
 print(json.dumps([
     daskllm.load(sys.argv[1], dtype="bfloat16", answers=None, **options).score(
         [[5, 6, 7, 8, 9] * 9, [3, 4]], tokens=True)
-    for options in ({}, {"quantize": "int8"})
+    for options in ({}, {"quantize": "int8"}, {"kv_dtype": "int8"})
 ]))
 """
 
@@ -181,7 +184,9 @@ def test_bfloat16_is_multiplied_in_pairs_and_as_float32(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     options: Any
-    for options, found in zip(({}, {"quantize": "int8"}), json.loads(done.stdout), strict=True):
+    for options, found in zip(
+        ({}, {"quantize": "int8"}, {"kv_dtype": "int8"}), json.loads(done.stdout), strict=True
+    ):
         llm = daskllm.load(path, dtype="bfloat16", answers=None, **options)
         ours = llm.score([[5, 6, 7, 8, 9] * 9, [3, 4]], tokens=True)
         llm.close()

@@ -7,11 +7,13 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from daskllm.engine.batch import BLOCK_SIZE, Batch, Chunk
 from daskllm.engine.kernels import cpu, padded_head_dim, reference
+from daskllm.engine.kernels.cpu import team
 from daskllm.engine.kernels.cpu.registers import COLUMNS
 from daskllm.engine.kernels.int8 import halves
 from daskllm.engine.kvcache import KVCache
@@ -61,6 +63,8 @@ def test_likeliest_is_where_the_product_is_largest(
     x, weight = random(70, into, dtype=dtype), random(out, into, dtype=dtype)
     weight[out - 5 :] = weight[:5]  # equals, in other panels and lanes: the first of them counts
     x[1], x[2] = 0, float("nan")
+    weight[out // 2, 0] = weight[out - 3, 0] = float("inf")  # rows whose first input is 0 have two NaN
+    x[4:9, 0] = 0
     x[3] = weight[out - 1] * 3
     b = weight[:, 0].contiguous() if bias else None
     packed = pack(weight.split([10, out - 10]), None if b is None else b.split([10, out - 10]))
@@ -357,16 +361,36 @@ def test_tiles_fetch_what_their_thread_takes_next(tiles: int, parts: int) -> Non
     from daskllm.engine.kernels.cpu.code.team import fetched_by
 
     size, panel = 60, 3
-    places = [fetched_by.py_func(tile, tiles, parts, panel, 2, 6, size) for tile in range(tiles)]
+    places = [fetched_by.py_func(tile, tiles, parts, panel, 2, 6, size, 7) for tile in range(tiles)]
     fetching = min(tiles - 1, parts)
     own, following = [panel * size] * (tiles - fetching), (panel + 2) * size
     assert places == own + [following + part * (size // parts) for part in range(fetching)]
-    assert {fetched_by.py_func(tile, tiles, parts, 5, 2, 6, size) for tile in range(tiles)} == {5 * size}
+    assert {fetched_by.py_func(tile, tiles, parts, 5, 2, 6, size, 7) for tile in range(tiles)} == {5 * size}
 
 
 @pytest.mark.parametrize("panel", [0, 2, 5])
 def test_a_tile_alone_fetches_what_it_reads_a_little_later(panel: int) -> None:
+    from daskllm.engine.kernels.cpu.code.gemm import ahead_of
     from daskllm.engine.kernels.cpu.code.team import fetched_by
 
-    ahead = fetched_by.py_func(0, 1, 2, panel, 2, 6, 36_864) - panel * 36_864
-    assert 0 < ahead < 36_864 // 4
+    for dtype in (np.uint16, np.float32):
+        ahead = ahead_of.py_func(1, np.zeros(1, dtype))
+        assert ahead * np.dtype(dtype).itemsize == 4096
+        assert fetched_by.py_func(0, 1, 2, panel, 2, 6, 36_864, ahead) == panel * 36_864 + ahead
+    assert ahead_of.py_func(12, np.zeros(1, np.float32)) == 0
+
+
+@pytest.mark.parametrize(("rows", "threads"), [(1, 1), (113, 1), (114, 2), (2000, 2)])
+def test_little_work_is_one_threads(rows: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    started: list[int] = []
+    start = team.start
+    monkeypatch.setattr(team, "start", lambda k, packed, n: (started.append(n), start(k, packed, n)))
+    x, weight = random(rows, 576, dtype=torch.float32), torch.ones(576)
+    cpu.add_norm(None, x, weight, None, 1e-5, "rms")
+    assert started == [threads]
+    weight8 = cpu.pack_int8([random(96, 576, dtype=torch.float32)], None)
+    found = cpu.linear(x, weight8)
+    assert started[1] == threads
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert torch.equal(cpu.linear(x, weight8), found)

@@ -69,7 +69,7 @@ __all__ = ["Stack", "StackInt8", "StackInt8KV8", "StackKV8"]
 
 _ROOMS = ("normed", "qkv", "q", "mixed", "inner", "delta")
 """What lies between the operations, in the order of the arguments' fields."""
-_INPUTS = ("normed", "mixed", "inner")
+_READ = ("normed", "mixed", "inner")
 """What products read of it."""
 _CHUNK = 256 if AMX else 96
 """Rows that a product takes at a time: few enough to stay in a core's cache while all panels pass. Matrix
@@ -172,12 +172,12 @@ class Stack:
         qkv = heads + 2 * config.num_kv_heads * config.head_dim
         widths = (hidden, qkv, heads, heads, config.intermediate_size, hidden)
         return {
-            name: torch.empty((rows + SLACK, width), dtype=self._inputs if name in _INPUTS else self._dtype)
+            name: torch.empty((rows + SLACK, width), dtype=self._read_dtype if name in _READ else self._dtype)
             for name, width in zip(_ROOMS, widths, strict=True)
         }
 
     @property
-    def _inputs(self) -> torch.dtype:
+    def _read_dtype(self) -> torch.dtype:
         """In which products are given rows."""
         return torch.float32 if registers.WIDENED else self._dtype
 
@@ -216,7 +216,7 @@ class StackInt8(Stack):
     kernels = _kernels("stack_int8")
 
     @property
-    def _inputs(self) -> torch.dtype:
+    def _read_dtype(self) -> torch.dtype:
         """In which rows are given to be quantised."""
         return self._dtype
 

@@ -161,11 +161,14 @@ def attend(  # type: ignore[no-untyped-def]
     mixed[: rows * padded] = 0
     peaks[:rows] = MASKED
     sums[: rows * LANES] = 0
-    as_stored = queries.itemsize == q.itemsize
     for r in range(rows):
         start = ((token + r // group) * heads + head * group + r % group) * size
-        for i in range(size):
-            queries[r * size + i] = q[start + i] if as_stored else load(q, start + i)
+        if queries.itemsize == q.itemsize:
+            for i in range(size):
+                queries[r * size + i] = q[start + i]
+        else:
+            for i in range(size):
+                store(queries, r * size + i, load(q, start + i))
     end = position + count
     begin = max(0, position - window + 1) if window else 0
     words = size * keys.itemsize // 4

@@ -9,11 +9,11 @@ panel fetched that the thread will take next: two Zen 4 cores, whose memory is s
 take 10 to 14% less for the products of 32 rows.
 
 Where a CPU has matrix registers, the same panels are multiplied in them (`amx`): on two Emerald Rapids cores
-the products of 512 prompt tokens took 100 ms where they took 830. Where it has no bfloat16 dot product, a
-tile widens its inputs, once, and weights as it loads them: two Zen 3 cores need as long as for float32 with
-32 rows, a quarter longer with 512 and half as long with one, for half of the memory. Where it has no 512-bit
-registers, tiles are smaller. Measured on two Zen 4 cores against oneDNN's packed product, shapes of a
-135M-parameter model: 1.3 to 1.5 times as fast at 16 to 32 rows, the same at 512.
+the products of 512 prompt tokens took 100 ms where they took 830. Where it has no bfloat16 dot product, or a
+slow one, inputs are float32 and a tile widens weights as it loads them: two Emerald Rapids cores without
+matrix registers multiply a long prompt at 205 to 247 GFLOP/s so, and at 143 to 152 by dot products. Where it
+has no 512-bit registers, tiles are smaller. Measured on two Zen 4 cores against oneDNN's packed product,
+shapes of a 135M-parameter model: 1.3 to 1.5 times as fast at 16 to 32 rows, the same at 512.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from numba.extending import intrinsic
 
 from daskllm.engine.kernels.cpu import registers
 from daskllm.engine.kernels.cpu.code import amx
-from daskllm.engine.kernels.cpu.code.largest import look
+from daskllm.engine.kernels.cpu.code.largest import lanes_of, look
 from daskllm.engine.kernels.cpu.code.memory import array, element_pointer, workspace, write_fetch
 from daskllm.engine.kernels.cpu.code.simd import (
     VECTOR,
@@ -46,6 +46,7 @@ from daskllm.engine.kernels.cpu.registers import COLUMNS, LANES, ROWS, VECTOR_RO
 __all__ = [
     "INPUTS",
     "PARTS",
+    "ahead_of",
     "linear_bf16",
     "linear_f32",
     "logits_bf16",
@@ -60,10 +61,13 @@ _VI, _VH = ir.VectorType(_I32, LANES), ir.VectorType(_I16, LANES)
 _PAIRS = ir.VectorType(BFloat(), 2 * LANES)
 _LINE_BYTES = 64
 INPUTS = np.float32 if registers.WIDENED else np.uint16
-"""In which type rows are multiplied with bfloat16 weights: as float32 they are no more precise, but need not
-be widened again for each panel."""
+"""In which type rows are multiplied with bfloat16 weights. As float32 they are rounded to bfloat16 all the
+same (but for attention's softmax weights), and need not be widened again for each panel."""
 PARTS = 4 * COLUMNS // _LINE_BYTES
 """Lines of a panel for each word; a tile fetches one while it multiplies a word, or all with few rows."""
+_AHEAD_BYTES = 4096
+"""Products of a row alone of the 135M shape, which took two Emerald Rapids cores 14 ms, take 9 to 11 so; 11
+to 13 half as far ahead, 10 to 12 twice as far."""
 
 
 def _at(builder: Any, address: Any, kind: Any, offset: int = 0) -> Any:
@@ -92,7 +96,7 @@ def _high(builder: Any, pairs: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class _Tile:
-    """Writes the instructions of tiles of one pair of types.
+    """Writes the instructions of tiles of the same types.
 
     Attributes:
         narrow: w is bfloat16, two inputs in every four bytes; else float32.
@@ -242,14 +246,25 @@ def tiles_of(rows):  # type: ignore[no-untyped-def]
 
 
 @compiled
+def ahead_of(rows, w):  # type: ignore[no-untyped-def]
+    """How far ahead a panel's only tile fetches, in numbers of ``w``."""
+    # With more rows it fetches half of what it reads, and would soon fetch what it has read.
+    return _AHEAD_BYTES // w.itemsize if rows <= VECTOR_ROWS // 2 else 0
+
+
+@compiled
 def product(panel, rows, x, x_stride, w, bias, place, count, words, y, y_stride, spare, team):  # type: ignore[no-untyped-def]
     """One panel's ``count`` columns of ``x @ w.T + bias`` for all rows, to ``y[:, place:]``, by a thread of
     ``team``; ``spare`` has room for a tile."""
     size = words * COLUMNS * (4 // w.itemsize)
     start, tiles, number, row = panel * size, tiles_of(rows), 0, 0
+    ahead = ahead_of(rows, w)
     while row < rows:
         many = rows_together(rows - row, x)
-        at, fetched = row * x_stride, fetched_by(number, tiles, PARTS, panel, team, w.size // size, size)
+        at, fetched = (
+            row * x_stride,
+            fetched_by(number, tiles, PARTS, panel, team, w.size // size, size, ahead),
+        )
         if count == COLUMNS:
             to = row * y_stride + place
             tile(many, x, at, x_stride, w, start, bias, panel * COLUMNS, words, y, to, y_stride, row == 0,
@@ -276,9 +291,7 @@ def _linear_loop(pointer, given, dtype, out):  # type: ignore[no-untyped-def]
     spare = workspace(ROWS * COLUMNS, out)
     largest = a[13] != 0
     line = workspace(rows * COLUMNS if largest else 0, out)
-    slot = take(a, 15) * rows * LANES if largest else 0
-    lanes = slot + rows * LANES if largest else 0
-    best, where = array(a[13], lanes, np.float32), array(a[14], lanes, np.float32)
+    best, where, slot = lanes_of(a, 13, rows)
     group, team = together(rows, panels), team_size(a[12])
     amx.configure()
     while True:

@@ -7,7 +7,7 @@ import numpy as np
 
 from daskllm.engine.kernels.cpu import fields
 from daskllm.engine.kernels.cpu.code import amx
-from daskllm.engine.kernels.cpu.code.largest import look
+from daskllm.engine.kernels.cpu.code.largest import lanes_of, look
 from daskllm.engine.kernels.cpu.code.memory import array, load, store, vload, vstore, workspace
 from daskllm.engine.kernels.cpu.code.simd import (
     compiled,
@@ -97,11 +97,11 @@ def product_scratch():  # type: ignore[no-untyped-def]
 
 @compiled
 def product(  # type: ignore[no-untyped-def]
-    panel, start, stop, q, scales, minus, w, w_scales, bias, y, stride, left, out, sixteens, quads, scratch,
+    panel, start, stop, q, scales, minus, w, w_scales, bias, y, stride, base, out, sixteens, quads, scratch,
     team
 ):  # fmt: skip
     """One panel's channels of ``x @ w.T + bias`` for rows ``start <= row < stop``, ``x`` quantised, to
-    ``y[row * stride + channel - left]``, by a thread of ``team``."""
+    ``y[row * stride + channel - base]``, by a thread of ``team``."""
     tile, line = scratch
     first, begin = panel_begin(panel, sixteens)
     own = begin // LANES
@@ -109,10 +109,10 @@ def product(  # type: ignore[no-untyped-def]
     panels = panels_of(sixteens)
     for row in range(start, stop, INT8_ROWS):
         number = (row - start) // INT8_ROWS
-        fetched = fetched_by(number, tiles, INT8_COLUMNS, panel, team, panels, size)
+        fetched = fetched_by(number, tiles, INT8_COLUMNS, panel, team, panels, size, 0)
         dot_tile(q, row * quads * 4, w, first * quads * 4, quads, minus, row, tile, row == start, fetched)
         for r in range(min(INT8_ROWS, stop - row)):
-            scale, at = vsplat(scales[row + r]), (row + r) * stride - left
+            scale, at = vsplat(scales[row + r]), (row + r) * stride - base
             for c in range(own, INT8_COLUMNS):
                 channel = first + c * LANES
                 v = vmul(vload(tile, r * _PANEL + c * LANES), scale)
@@ -163,9 +163,7 @@ def _linear_loop(pointer, dtype):  # type: ignore[no-untyped-def]
     scratch = product_scratch()
     largest = a[14] != 0
     line = workspace(rows * _PANEL if largest else 0, dtype)
-    slot = take(a, 16) * rows * LANES if largest else 0
-    lanes = slot + rows * LANES if largest else 0
-    best, where = array(a[14], lanes, np.float32), array(a[15], lanes, np.float32)
+    best, where, slot = lanes_of(a, 14, rows)
     group, team = together(rows, panels), team_size(a[13])
     amx.configure()
     while True:
@@ -174,12 +172,12 @@ def _linear_loop(pointer, dtype):  # type: ignore[no-untyped-def]
             break
         for panel in range(first, min(first + group, panels)):
             if largest:
-                left, begin = panel_begin(panel, sixteens)
+                base, begin = panel_begin(panel, sixteens)
                 product(
-                    panel, 0, rows, q, scales, minus, w, w_scales, bias, line, _PANEL, left, out, sixteens,
+                    panel, 0, rows, q, scales, minus, w, w_scales, bias, line, _PANEL, base, out, sixteens,
                     quads, scratch, team,
                 )  # fmt: skip
-                look(line, _PANEL, rows, begin, min(_PANEL, out - left), left, best, where, slot)
+                look(line, _PANEL, rows, begin, min(_PANEL, out - base), base, best, where, slot)
             else:
                 product(
                     panel, 0, rows, q, scales, minus, w, w_scales, bias, y, out, 0, out, sixteens, quads,

@@ -1,4 +1,4 @@
-"""The largest output of each row of a product, found panel by panel while a panel is in the first cache.
+"""The largest output of each row of a product, found panel by panel while it is in a cache.
 
 Each of sixteen lanes keeps the largest of every sixteenth output and where it is, in float32, which counts
 exactly to 2^24; `daskllm.engine.kernels.cpu.largest` compares lanes and threads.
@@ -8,11 +8,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from daskllm.engine.kernels.cpu.code.memory import vload, vstore
-from daskllm.engine.kernels.cpu.code.simd import compiled, vblend, vpick, vsplat
+from daskllm.engine.kernels.cpu.code.memory import array, vload, vstore
+from daskllm.engine.kernels.cpu.code.simd import compiled, inlined, vblend, vpick, vsplat
+from daskllm.engine.kernels.cpu.code.team import take
 from daskllm.engine.kernels.cpu.registers import LANES
 
-__all__ = ["look"]
+__all__ = ["lanes_of", "look"]
+
+
+@inlined
+def lanes_of(a, field, rows):  # type: ignore[no-untyped-def]
+    """A thread's lanes among what `Lanes.arguments` tells from ``a[field]`` on: both arrays, and where its
+    own begin. Nothing where that is 0."""
+    begin = take(a, field + 2) * rows * LANES if a[field] else 0
+    size = begin + rows * LANES if a[field] else 0
+    return array(a[field], size, np.float32), array(a[field + 1], size, np.float32), begin
 
 
 @compiled

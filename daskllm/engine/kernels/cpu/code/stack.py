@@ -12,7 +12,15 @@ import numpy as np
 from daskllm.engine.batch import BLOCK_SIZE
 from daskllm.engine.kernels.cpu.code import amx
 from daskllm.engine.kernels.cpu.code.attention import attend, attention_scratch
-from daskllm.engine.kernels.cpu.code.gemm import INPUTS, PARTS, product, rows_together, tile, tiles_of
+from daskllm.engine.kernels.cpu.code.gemm import (
+    INPUTS,
+    PARTS,
+    ahead_of,
+    product,
+    rows_together,
+    tile,
+    tiles_of,
+)
 from daskllm.engine.kernels.cpu.code.memory import array, as_float, cleared, workspace
 from daskllm.engine.kernels.cpu.code.rope import rope_row
 from daskllm.engine.kernels.cpu.code.rows import activate_row, norm_row
@@ -152,12 +160,14 @@ def _mlp(a, phase, counters, table, at, spare, scratch, dtype, inputs):  # type:
         first, last = item // groups * rows // a[CHUNKS], (item // groups + 1) * rows // a[CHUNKS]
         begin = item % groups * group
         for panel in range(begin, min(begin + group, each)):
-            row, number, tiles = first, 0, tiles_of(last - first)
+            row, number, tiles, ahead = first, 0, tiles_of(last - first), ahead_of(last - first, w)
             while row < last:
                 many = rows_together(last - row, x)
                 for half in range(1 + gated):
                     p = panel + half * each
-                    fetched = fetched_by(number, tiles, PARTS, p, team, (1 + half) * each, size * COLUMNS)
+                    fetched = fetched_by(
+                        number, tiles, PARTS, p, team, (1 + half) * each, size * COLUMNS, ahead
+                    )  # fmt: skip
                     tile(many, x, row * size, size, w, p * size * COLUMNS, bias, p * COLUMNS, words, spare,
                          half * COLUMNS, 2 * COLUMNS, row == first, fetched)  # fmt: skip
                 for r in range(many):

@@ -95,26 +95,23 @@ def together(rows, panels):  # type: ignore[no-untyped-def]
     return max(1, min(panels // 8, 8)) if rows <= 2 else 1
 
 
-_AHEAD = 2048
-
-
 @compiled
-def fetched_by(tile, tiles, parts, panel, team, panels, size):  # type: ignore[no-untyped-def]
+def fetched_by(tile, tiles, parts, panel, team, panels, size, ahead):  # type: ignore[no-untyped-def]
     """Where in the weights one of a panel's tiles fetches from while it multiplies, a part of a panel each.
 
     A panel's first tile reads it from memory; for the others, which find it in a cache, memory would have
     nothing to do. So the last of them have the panel brought in that their thread is taken to go on with, so
     many further on as the team has threads, from its beginning. The rest fetch what they are reading. One
-    that is alone reads all of the time, and fetches a little further on. Products of a row alone, which took
-    two Emerald Rapids cores 14 ms, take 9 to 11 so; half as far ahead 11 to 13, twice as far 10 to 12.
+    that is alone reads memory all of the time, and fetches a little further on.
 
     Args:
         parts: of a panel, that a tile can fetch one of.
         size: numbers in a panel.
+        ahead: numbers that a tile which is alone fetches ahead.
     """
     part, following = min(tiles - 1, parts) - tiles + tile, panel + team
     if tiles == 1:
-        return panel * size + _AHEAD
+        return panel * size + ahead
     if part < 0 or following >= panels:
         return panel * size
     return following * size + part * (size // parts)
