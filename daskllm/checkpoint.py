@@ -164,6 +164,21 @@ class Checkpoint:
         file = self.file(name)
         return (file, *self._spans_in(file)[name])
 
+    def descriptor(self, name: str) -> int | None:
+        """A file descriptor of its own to read a tensor's bytes by, for whoever closes it.
+
+        None where the bytes may not all be here, or the file is gone or another one by now.
+        """
+        file = self.file(name)
+        try:
+            descriptor = os.open(file, os.O_RDONLY)
+        except OSError:
+            return None
+        if _inode_of(os.fstat(descriptor)) == self._opened[file]:
+            return descriptor
+        os.close(descriptor)
+        return None
+
     def _spans_in(self, file: Path) -> dict[str, tuple[int, int]]:
         if file not in self._spans:
             data, header = _header(file)
@@ -208,7 +223,10 @@ class Checkpoint:
 
 def _inode(file: Path) -> tuple[int, int, int]:
     """Which file it is, whatever is written to it."""
-    status = file.stat()
+    return _inode_of(file.stat())
+
+
+def _inode_of(status: os.stat_result) -> tuple[int, int, int]:
     return status.st_dev, status.st_ino, status.st_size
 
 

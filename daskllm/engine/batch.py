@@ -11,13 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["BLOCK_SIZE", "TILE", "Batch", "Chunk"]
+from daskllm.engine.sizes import BLOCK_SIZE, TILE
 
-BLOCK_SIZE = 32
-"""Tokens per KV block: two SIMD registers of keys; on average half a block per sequence is unused."""
-
-TILE = 8
-"""Rows of one chunk that read keys together, at most."""
+__all__ = ["Batch", "Chunk"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,9 +31,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from daskllm.engine.batch import BLOCK_SIZE, Chunk
+from daskllm.engine.batch import Chunk
 from daskllm.engine.kvcache import BlockPool, blocks_for
 from daskllm.engine.sequence import SequenceState
+from daskllm.engine.sizes import BLOCK_SIZE
 
 __all__ = ["Batcher", "ScheduledChunk", "Step"]
 

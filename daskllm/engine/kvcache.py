@@ -16,9 +16,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from daskllm.engine.batch import BLOCK_SIZE
 from daskllm.engine.kernels import padded_head_dim
-from daskllm.engine.kernels.int8 import SCALE_BYTES
+from daskllm.engine.sizes import BLOCK_SIZE, SCALE_BYTES
 
 __all__ = ["BlockPool", "KVCache", "block_key", "blocks_for", "bytes_per_block"]
 

@@ -15,11 +15,12 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-from daskllm.blocks import array, regions
+from daskllm.blocks import array
 from daskllm.blocks.load import load_layers, release_packed
 from daskllm.blocks.store import STORE, BlockKey
 from daskllm.checkpoint import Checkpoint, open_checkpoint
 from daskllm.engine import kernels
+from daskllm.engine.ahead import Ahead, products
 from daskllm.engine.angles import Angles
 from daskllm.engine.batch import Batch
 from daskllm.models import DecoderConfig, describe, layer_names
@@ -147,6 +148,7 @@ class ResidentModel:
         version: int = 0,
         quantize: str | None = None,
         kv_dtype: str = "auto",
+        ahead: Ahead | None = None,
     ) -> None:
         self.checkpoint, self.config, self.device, self.dtype = checkpoint, config, device, dtype
         self.version, self.quantize = version, quantize
@@ -155,17 +157,21 @@ class ResidentModel:
         self.angles = Angles(config, device)
         # The same files may be open twice, with other settings: each has blocks of its own.
         self._model = f"{checkpoint.identity}/{dtype}/{device}/{next(_numbers)}"
+        self._ahead = ahead
         self._layers: dict[str, Layer] = {}
         self._sizes: dict[str, int] = {}
         self._copied: list[str] = []  # blocks of the layer in preparation that packing has copied
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, spec: ModelSpec, checkpoint: Checkpoint | None = None) -> ResidentModel:
+    def open(
+        cls, spec: ModelSpec, checkpoint: Checkpoint | None = None, ahead: Ahead | None = None
+    ) -> ResidentModel:
         """Open a model's files; no layer is loaded yet.
 
         Args:
             checkpoint: the files, where they are open already.
+            ahead: what is laid out of them already; `load` and `close` end it.
 
         Raises:
             ModelError: the directory cannot be read or describes no known model.
@@ -179,7 +185,7 @@ class ResidentModel:
         if spec.kv_dtype != "auto":
             _check_kv_dtype(spec.kv_dtype, config, device)
         dtype = compute_dtype(config.dtype if spec.dtype == "auto" else spec.dtype, device)
-        return cls(checkpoint, config, device, dtype, spec.version, spec.quantize, spec.kv_dtype)
+        return cls(checkpoint, config, device, dtype, spec.version, spec.quantize, spec.kv_dtype, ahead)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -208,7 +214,7 @@ class ResidentModel:
                 for name in reversed(layers):
                     self.layer(name)
         finally:
-            regions.release()
+            self._end_ahead()
 
     def layer(self, name: str) -> Layer:
         """One layer, ready to run; `daskllm.models.layer_names` has their names.
@@ -238,10 +244,14 @@ class ResidentModel:
     def close(self) -> None:
         """Let all layers and files go."""
         self.checkpoint.close()  # first, so that whoever waits for files under the lock gives up
-        regions.release()
+        self._end_ahead()
         with self._lock:
             self._layers.clear()
             STORE.drop(self._model)
+
+    def _end_ahead(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
 
     def block(self, layer: str, name: str) -> torch.Tensor:
         """One block as it is, for whoever runs a part of a layer; loaded where that is needed."""
@@ -282,14 +292,15 @@ class ResidentModel:
         if name == "head":
             return Head(self._norm(name, "norm"), self._linear(name, "lm_head"))
         q_norm, k_norm = (self._optional(name, f"{part}_norm.weight") for part in "qk")
+        qkv, o, mlp, down = (self._linear(name, *names) for names in products(self.config, name))
         return DecoderLayer(
             input_norm=self._norm(name, "input_norm"),
-            qkv=self._linear(name, "q", "k", "v"),
+            qkv=qkv,
             qk_norms=None if q_norm is None or k_norm is None else (q_norm, k_norm),
-            o=self._linear(name, "o"),
+            o=o,
             post_norm=self._norm(name, "post_norm"),
-            gate_up=self._linear(name, *(("gate", "up") if self.config.gated else ("up",))),
-            down=self._linear(name, "down"),
+            gate_up=mlp,
+            down=down,
             window=self.config.windows[int(name.split(".")[1])],
         )
 
@@ -314,9 +325,11 @@ class ResidentModel:
     def _linear(self, layer: str, *names: str) -> Any:
         weights = [self._block(layer, f"{name}.weight") for name in names]
         biases = [b for name in names if (b := self._optional(layer, f"{name}.bias")) is not None]
-        self._copied += [f"{name}.weight" for name in names]
+        laid = None if self._ahead is None else self._ahead.take(layer, names)
+        if laid is None or not laid[1]:
+            self._copied += [f"{name}.weight" for name in names]
         if self.quantize is None:
-            return self.kernels.pack(weights, biases or None)
+            return self.kernels.pack(weights, biases or None, laid)
         packed = self.kernels.pack_int8(weights, biases or None)
         self._sizes[layer] += packed.nbytes - sum(block.nbytes for block in (*weights, *biases))
         return packed

@@ -16,9 +16,9 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from daskllm.engine.batch import BLOCK_SIZE
 from daskllm.engine.kvcache import block_key
 from daskllm.engine.lookup import Lookup
+from daskllm.engine.sizes import BLOCK_SIZE
 from daskllm.types import FinishReason, Pooling, SamplingParams, TokenLogprob
 
 __all__ = ["Request", "Sample", "SequenceState", "random_stream"]

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from daskllm.engine.batch import TILE
 from daskllm.engine.lookup import Lookup
 from daskllm.engine.sequence import SequenceState
+from daskllm.engine.sizes import TILE
 from daskllm.metrics import EngineMetrics, StepCosts
 
 __all__ = ["Speculation"]

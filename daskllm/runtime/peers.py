@@ -305,6 +305,9 @@ class PulledCheckpoint(Checkpoint):
         wanted = [(f"tensor {name!r}", file.name, start, stop) for name, file, start, stop in spans]
         self._puller.fill(self._shelf, wanted, lambda: self._closed or self._unwanted())
 
+    def descriptor(self, name: str) -> None:
+        """See `Checkpoint.descriptor`. What was never brought would read as zeros."""
+
     def tensor(self, name: str) -> Any:
         """See `Checkpoint.tensor`. What was never brought would read as zeros, so it is brought now."""
         self.fetch([name])

@@ -6,17 +6,14 @@ stage, or a task that is one layer.
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import threading
 from concurrent.futures import Future
-from contextlib import suppress
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
 from daskllm import machine
-from daskllm.blocks import regions
+from daskllm.engine.ahead import Ahead
 from daskllm.types import ModelError
 
 if TYPE_CHECKING:
@@ -98,44 +95,22 @@ def model_for(spec: ModelSpec, whole: bool = False) -> ResidentModel:
         if opening is None:
             opening = _models[spec] = Future()
     if mine:
+        ahead = None
         try:
             files = open_files(spec)
             if whole and "torch" not in sys.modules:
-                _prepare(spec, files)
+                ahead = Ahead(spec, files)
             # Whoever unpickles a graph imports this module and must not import torch for it.
             with machine.uncollected():
                 from daskllm.engine.layers import ResidentModel
 
-            opening.set_result(ResidentModel.open(spec, files))
+            opening.set_result(ResidentModel.open(spec, files, ahead))
         except BaseException as error:
-            regions.release()
+            if ahead is not None:
+                ahead.close()
             opening.set_exception(error)
             close_model(spec)
     return opening.result()
-
-
-def _prepare(spec: ModelSpec, files: Checkpoint) -> None:
-    """Send for the memory that packed weights will take. Importing torch takes a second, on one core.
-
-    Only for those that are packed as they are in their files: of others, and of what a GPU takes, it is not
-    known yet how much that is.
-    """
-    from daskllm.models import describe, sources
-
-    config = describe(files.config)
-    dtype = config.dtype if spec.dtype == "auto" else spec.dtype
-    on_cpu = spec.device == "cpu" or (spec.device == "auto" and find_spec("cupy") is None)
-    if not on_cpu or spec.quantize is not None or dtype == "float16":
-        return
-    layers = sources(config, files.names)
-    blocks = {block for name in layers if name != "embed" for block in layers[name].values()}
-    matrices = [block for block in blocks if len(block.block_shape) == 2]
-    if any(files.dtype(block.name) != dtype for block in matrices):
-        return
-    nbytes = sum(math.prod(block.block_shape) for block in matrices) * (4 if dtype == "float32" else 2)
-    if nbytes < machine.available_memory():
-        with suppress(OSError, RuntimeError):  # no such memory, no thread: weights get theirs as ever
-            regions.prepare(nbytes)
 
 
 def close_model(spec: ModelSpec) -> None:

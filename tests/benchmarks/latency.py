@@ -19,8 +19,8 @@ from statistics import median
 from inputs import INPUTS, VOCABULARY, cpu, make_model
 
 from daskllm.bench import machine_rates, without_drafts
-from daskllm.engine.batch import BLOCK_SIZE
 from daskllm.engine.kvcache import bytes_per_block
+from daskllm.engine.sizes import BLOCK_SIZE
 from daskllm.llm import load
 from daskllm.session import Session
 from daskllm.types import SamplingParams

@@ -64,7 +64,7 @@ def child(model: str, work: str, kv_memory: int, group: str) -> None:
 
     from daskllm.bench import read_work
     from daskllm.checkpoint import open_checkpoint
-    from daskllm.engine.kernels import cpu
+    from daskllm.engine.kernels.cpu import operations as cpu
     from daskllm.engine.kvcache import bytes_per_block
     from daskllm.llm import load
     from daskllm.models import describe

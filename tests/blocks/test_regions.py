@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import threading
 import time
 import weakref
 
@@ -20,8 +19,6 @@ def _afresh(monkeypatch: pytest.MonkeyPatch) -> None:
     # All of them, or what is laid after these tests would begin where models of the tests before lie.
     monkeypatch.setattr(regions, "_region", None)
     monkeypatch.setattr(regions, "_filled", 0)
-    monkeypatch.setattr(regions, "_prepared", None)
-    monkeypatch.setattr(regions, "_empty", False)
 
 
 def test_weights_lie_side_by_side_and_do_not_overlap() -> None:
@@ -62,37 +59,23 @@ def test_a_region_goes_with_the_last_that_lies_in_it() -> None:
     assert regions.room((8,), torch.float32).numel() == 8
 
 
-def test_what_was_prepared_is_filled_next_and_never_written_over() -> None:
-    nbytes = 64 << 20
-    regions.prepare(nbytes)
-    held = [regions.room((1 << 20,), torch.uint8).fill_(7) for _ in range(64)]  # while it may be touched
-    for thread in threading.enumerate():
-        if thread.name == "daskllm-memory":
-            thread.join(60)
-            assert not thread.is_alive()
-    assert held[-1].data_ptr() - held[0].data_ptr() == 63 << 20
-    assert all((one == 7).all() for one in held)
-    region = regions._region
-    assert region is not None
-    del held
+def test_a_model_of_its_own_lies_beside_no_other_and_goes_with_its_last_view() -> None:
+    before = regions.room((64,), torch.float32)
+    memory = regions.own((4 << 20) + 100)
+    assert memory.nbytes == (4 << 20) + 100
+    assert not any(memory[:: 1 << 16])
+    region = weakref.ref(memory.obj)
+    one = torch.frombuffer(memory[4096:8192], dtype=torch.float32)
+    assert one.data_ptr() % 64 == 0
+    after = regions.room((64,), torch.float32)
+    assert after.data_ptr() - before.data_ptr() == 256  # the region that is being filled is the same
+    del memory
     gc.collect()
     assert region() is not None
-    regions.release()
-    assert region() is None
-
-
-def test_other_models_do_not_lie_in_what_was_prepared_for_one() -> None:
-    regions.prepare(8 << 20)
-    first = regions.room((64,), torch.float32)
-    prepared = regions._region
-    regions.release()
-    other = regions.room((64,), torch.float32)
-    assert prepared is not None
-    assert prepared() is not None
-    assert abs(other.data_ptr() - first.data_ptr()) != 256
-    del first
+    one.fill_(7)
+    del one
     gc.collect()
-    assert prepared() is None
+    assert region() is None
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
@@ -110,17 +93,6 @@ def test_a_child_of_fork_has_room_though_its_parent_held_the_lock() -> None:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     assert found == (child, 0)
-
-
-def test_what_was_prepared_in_vain_goes() -> None:
-    regions.prepare(8 << 20)
-    region = regions._region
-    assert region is not None
-    regions.release()
-    for thread in threading.enumerate():
-        if thread.name == "daskllm-memory":
-            thread.join(60)
-    assert region() is None
 
 
 def test_nothing_needs_no_room() -> None:

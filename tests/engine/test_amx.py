@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from daskllm.engine import kernels
-from daskllm.engine.kernels import cpu, reference
+from daskllm.engine.kernels import reference
+from daskllm.engine.kernels.cpu import operations as cpu
 from daskllm.engine.kernels.cpu import registers
 from daskllm.engine.kernels.cpu.gemm import linear, pack
 

@@ -7,10 +7,10 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daskllm.engine.batch import BLOCK_SIZE
 from daskllm.engine.batcher import Batcher, Step
 from daskllm.engine.kvcache import BlockPool, blocks_for
 from daskllm.engine.sequence import Request, SequenceState
+from daskllm.engine.sizes import BLOCK_SIZE
 from daskllm.types import SamplingParams
 
 

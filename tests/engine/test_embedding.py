@@ -10,7 +10,7 @@ import torch
 
 from daskllm.blocks import array
 from daskllm.engine.batch import Batch, Chunk
-from daskllm.engine.kernels import cpu
+from daskllm.engine.kernels.cpu import operations as cpu
 from daskllm.engine.layers import Embedding, Head, ResidentModel
 from daskllm.types import ModelSpec
 from tests import tiny

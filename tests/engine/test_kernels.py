@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from daskllm.engine.batch import BLOCK_SIZE, Batch, Chunk
-from daskllm.engine.kernels import cpu, padded_head_dim, reference
+from daskllm.engine.batch import Batch, Chunk
+from daskllm.engine.kernels import padded_head_dim, reference
+from daskllm.engine.kernels.cpu import operations as cpu
 from daskllm.engine.kernels.cpu import team
 from daskllm.engine.kernels.cpu.registers import COLUMNS
 from daskllm.engine.kernels.int8 import halves
 from daskllm.engine.kvcache import KVCache
+from daskllm.engine.sizes import BLOCK_SIZE
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 SIZES = pytest.mark.parametrize("size", [16, 20, 44, 64, 172, 576])

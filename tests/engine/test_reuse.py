@@ -9,10 +9,10 @@ from typing import Literal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daskllm.engine.batch import BLOCK_SIZE
 from daskllm.engine.batcher import Batcher, Step
 from daskllm.engine.kvcache import BlockPool, block_key
 from daskllm.engine.sequence import Request, SequenceState
+from daskllm.engine.sizes import BLOCK_SIZE
 from daskllm.types import SamplingParams
 
 Kind = Literal["generate", "score", "embed"]

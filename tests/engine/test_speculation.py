@@ -13,11 +13,12 @@ import torch
 
 from daskllm.demo import model_path, tasks
 from daskllm.engine import sampler
-from daskllm.engine.batch import BLOCK_SIZE, TILE
 from daskllm.engine.batcher import Batcher
-from daskllm.engine.kernels import cpu, reference
+from daskllm.engine.kernels import reference
+from daskllm.engine.kernels.cpu import operations as cpu
 from daskllm.engine.kvcache import BlockPool, bytes_per_block
 from daskllm.engine.sequence import Request, SequenceState
+from daskllm.engine.sizes import BLOCK_SIZE, TILE
 from daskllm.engine.speculation import Speculation
 from daskllm.metrics import EngineMetrics, StepRecord
 from daskllm.session import Session

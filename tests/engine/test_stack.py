@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from daskllm.engine.batch import BLOCK_SIZE, Batch, Chunk
-from daskllm.engine.kernels import cpu
+from daskllm.engine.batch import Batch, Chunk
 from daskllm.engine.kernels.composed import Composed
+from daskllm.engine.kernels.cpu import operations as cpu
 from daskllm.engine.kernels.cpu.stack import Stack, StackInt8, StackInt8KV8, StackKV8
 from daskllm.engine.kernels.int8 import halves
 from daskllm.engine.kvcache import KVCache
 from daskllm.engine.layers import ResidentModel
+from daskllm.engine.sizes import BLOCK_SIZE
 from daskllm.models import layer_names
 from daskllm.types import ModelSpec
 from tests import tiny

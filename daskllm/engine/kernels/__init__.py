@@ -21,11 +21,12 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from daskllm.engine.batch import Batch
+    from daskllm.engine.batch import Batch
 
 __all__ = ["Kernels", "padded_head_dim", "select"]
 
@@ -48,7 +49,12 @@ class Kernels(Protocol):
     INVARIANT: bool
 
     def load(self, dtype: torch.dtype, quantized: bool, kv_dtype: torch.dtype, config: Any) -> None: ...
-    def pack(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None) -> Any: ...
+    def pack(
+        self,
+        weights: Sequence[torch.Tensor],
+        biases: Sequence[torch.Tensor] | None,
+        laid: tuple[memoryview, bool] | None = None,
+    ) -> Any: ...
     def pack_int8(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None) -> Any: ...
     def linear(self, x: torch.Tensor, weight: Any, dtype: torch.dtype | None = None) -> torch.Tensor: ...
     def likeliest(self, x: torch.Tensor, weight: Any) -> torch.Tensor: ...
@@ -97,11 +103,13 @@ def _tell_denied() -> None:
 
 def select(device: str, dtype: torch.dtype) -> Kernels:
     """The kernels for a device ("cpu", "cuda") and a compute dtype."""
-    if device == "cpu" and dtype in (torch.float32, torch.bfloat16):
-        from daskllm.engine.kernels import cpu  # LLVM is not loaded where it is not used
+    import torch  # not above: a part of what is here is used while it is imported
 
-        if not cpu.DENIED:
-            return cpu
+    if device == "cpu" and dtype in (torch.float32, torch.bfloat16):
+        from daskllm.engine.kernels.cpu import operations  # LLVM is not loaded where it is not used
+
+        if not operations.DENIED:
+            return operations
         _tell_denied()
     from daskllm.engine.kernels import reference
 

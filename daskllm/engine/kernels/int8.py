@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import torch
 
-from daskllm.engine.batch import BLOCK_SIZE
+from daskllm.engine.sizes import BLOCK_SIZE, SCALE_BYTES
 
-__all__ = ["SCALE_BYTES", "halves", "quantised"]
-
-SCALE_BYTES = 4
-"""Of each token's scale in a block: what a key and a value are longer than their numbers."""
+__all__ = ["halves", "quantised"]
 
 
 def quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 
 from daskllm.engine.batch import Batch
 from daskllm.engine.kernels.composed import Composed
-from daskllm.engine.kernels.int8 import SCALE_BYTES, halves, quantised
+from daskllm.engine.kernels.int8 import halves, quantised
+from daskllm.engine.sizes import SCALE_BYTES
 
 __all__ = [
     "INVARIANT",
@@ -84,8 +85,10 @@ def load(dtype: torch.dtype, quantized: bool, kv_dtype: torch.dtype, config: Any
     """Nothing to compile."""
 
 
-def pack(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None) -> Packed:
-    """Nothing to reorder."""
+def pack(
+    weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None, laid: object = None
+) -> Packed:
+    """Nothing to reorder, nor is memory needed for it."""
     return Packed(tuple(weights), None if biases is None else tuple(biases))
 
 

@@ -7,7 +7,7 @@ import torch
 from daskllm.engine.batch import Batch
 from daskllm.engine.kernels.cpu.compiled import Kernel
 from daskllm.engine.kernels.cpu.team import address, float_bits, run
-from daskllm.engine.kernels.int8 import SCALE_BYTES
+from daskllm.engine.sizes import SCALE_BYTES
 
 __all__ = ["attention", "cache_kernels", "rope_store"]
 

@@ -26,8 +26,7 @@ from typing import Any
 
 import llvmlite.binding as llvm
 
-from daskllm.engine.batch import BLOCK_SIZE, TILE
-from daskllm.engine.kernels.int8 import SCALE_BYTES
+from daskllm.engine.sizes import BLOCK_SIZE, SCALE_BYTES, TILE
 
 __all__ = ["Kernel", "Loaded", "kept"]
 
@@ -81,10 +80,20 @@ class Kernel:
                     self._loaded = self._linked()
         return self._loaded
 
+    def find(self) -> Loaded | None:
+        """As `load`, where it has been compiled before; else None."""
+        path = self._path()
+        if self._loaded is None and (path is None or _read(path) is None):
+            return None
+        return self.load()
+
+    def _path(self) -> Path | None:
+        directory = kept()
+        return None if directory is None else directory / f"{self.module}.{self.name}"
+
     def _linked(self) -> Loaded:
         symbol = f"daskllm_{self.module}_{self.name}"
-        directory = kept()
-        path = None if directory is None else directory / f"{self.module}.{self.name}"
+        path = self._path()
         found = None if path is None else _read(path)
         self.was_compiled = found is None
         if found is None:

@@ -1,4 +1,4 @@
-"""What is where in a step's arguments, for `stack` and for the compiled code that reads them."""
+"""What is where in the arguments of kernels, for their callers and for the compiled code that reads them."""
 
 from __future__ import annotations
 
@@ -35,3 +35,12 @@ INT8_AT, SCALES_AT, MINUS_AT, WIDE_AT, INT8_FIELDS = range(FIELDS, FIELDS + 5)
 def padded_inputs(size: int) -> int:
     """Bytes of a row of so many inputs in eight bits."""
     return (size + 3) // 4 * 4
+
+
+# Fields of the arguments that weights are laid out by, behind the counter of strips and their number.
+FILL_TABLE, FILL_READ, FILL_BUFFER, FILL_STOP, FILL_DONE, FILL_FIELDS = range(2, 8)
+
+# Fields of a strip: an open file or `NO_FILE`, where in it (else in memory) it begins, outputs, words of
+# each, and where it goes.
+WHICH_FILE, FROM, OUTPUTS, WORDS, TO, STRIP_FIELDS = range(6)
+NO_FILE = -1

@@ -10,13 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from daskllm.blocks.regions import room
 from daskllm.engine.kernels.cpu import registers
 from daskllm.engine.kernels.cpu.compiled import Kernel
+from daskllm.engine.kernels.cpu.fields import FILL_FIELDS, FILL_TABLE, NO_FILE
 from daskllm.engine.kernels.cpu.largest import NOT_ASKED, Lanes
+from daskllm.engine.kernels.cpu.panels import FILL, panels_of, strips_of
 from daskllm.engine.kernels.cpu.registers import AMX, COLUMNS, SLACK
 from daskllm.engine.kernels.cpu.team import TEAM_SIZE, run
 
@@ -60,29 +63,47 @@ class Packed:
         return found.view(self.panels.dtype)[:, : self.inputs].contiguous()
 
 
-def pack(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None) -> Packed:
-    """Lay ``[out, in]`` weights out in panels, once."""
-    inputs, outputs = weights[0].shape[1], [len(w) for w in weights]
+def pack(
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor] | None,
+    laid: tuple[memoryview, bool] | None = None,
+) -> Packed:
+    """Lay ``[out, in]`` weights out in panels, once.
+
+    Args:
+        laid: memory for the panels, and whether they are there already; None has memory found for them.
+    """
+    dtype, inputs, outputs = weights[0].dtype, weights[0].shape[1], [len(w) for w in weights]
     per_word = 4 // weights[0].itemsize
-    counts, words = [-(-n // COLUMNS) for n in outputs], -(-inputs // per_word)
-    panels = room((sum(counts), words, COLUMNS, per_word), weights[0].dtype)
-    slots = panels.view(torch.int32)[..., 0]  # a word at a time: half of the time
-    bias, places = torch.zeros(sum(counts) * COLUMNS), []
+    counts, words = [panels_of(n) for n in outputs], -(-inputs // per_word)
+    shape = sum(counts), words, COLUMNS, per_word
+    panels = room(shape, dtype) if laid is None else torch.frombuffer(laid[0], dtype=dtype).view(shape)
+    if laid is None or not laid[1]:
+        _lay(weights, panels)
+    bias = torch.zeros(sum(counts) * COLUMNS)
+    places = np.empty((sum(counts), 2), np.int64)
     first = place = 0
-    for i, (weight, count) in enumerate(zip(weights, counts, strict=True)):
-        whole, rest = divmod(outputs[i], COLUMNS)
-        into = slots[first : first + count]
-        if inputs % per_word:
-            weight = F.pad(weight, (0, per_word - inputs % per_word))
-        bits = weight.view(torch.int32)
-        into[:whole] = bits[: whole * COLUMNS].view(whole, COLUMNS, words).transpose(1, 2)
-        if rest:
-            into[whole, :, :rest] = bits[whole * COLUMNS :].T
+    for i, count in enumerate(counts):
+        columns = np.arange(0, outputs[i], COLUMNS)
+        places[first : first + count, 0] = place + columns
+        places[first : first + count, 1] = np.minimum(COLUMNS, outputs[i] - columns)
         if biases is not None:
             bias[first * COLUMNS :][: outputs[i]] = biases[i]
-        places += [(place + COLUMNS * j, min(COLUMNS, outputs[i] - COLUMNS * j)) for j in range(count)]
         first, place = first + count, place + outputs[i]
-    return Packed(panels, bias, torch.tensor(places), inputs, place)
+    return Packed(panels, bias, torch.from_numpy(places), inputs, place)
+
+
+def _lay(weights: Sequence[torch.Tensor], panels: torch.Tensor) -> None:
+    words, strips, to, kept = panels.shape[1], [], panels.data_ptr(), []
+    for weight in weights:
+        if missing := words * panels.shape[3] - weight.shape[1]:
+            weight = F.pad(weight, (0, missing))
+        weight = weight.contiguous()
+        kept.append(weight)
+        strips += strips_of(NO_FILE, weight.data_ptr(), len(weight), words, to)
+        to += panels_of(len(weight)) * COLUMNS * words * 4
+    table = np.array(strips, np.int64)
+    run(FILL, len(strips), table.ctypes.data, *[0] * (FILL_FIELDS - FILL_TABLE - 1))
 
 
 def linear_kernel(given: torch.dtype, made: torch.dtype) -> Kernel:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from daskllm.engine.batch import BLOCK_SIZE, TILE
 from daskllm.engine.kernels.cpu import registers
 from daskllm.engine.kernels.cpu.code import amx
 from daskllm.engine.kernels.cpu.code.gemm import INPUTS, rows_together, tile
@@ -37,6 +36,7 @@ from daskllm.engine.kernels.cpu.code.simd import (
 )
 from daskllm.engine.kernels.cpu.code.team import take
 from daskllm.engine.kernels.cpu.registers import COLUMNS, LANES, SLACK
+from daskllm.engine.sizes import BLOCK_SIZE, TILE
 
 __all__ = ["MASKED", "attend", "attention_bf16", "attention_f32", "attention_scratch"]
 

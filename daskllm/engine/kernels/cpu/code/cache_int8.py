@@ -12,7 +12,6 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from daskllm.engine.batch import BLOCK_SIZE, TILE
 from daskllm.engine.kernels.cpu.code.attention import MASKED
 from daskllm.engine.kernels.cpu.code.memory import (
     array,
@@ -44,7 +43,7 @@ from daskllm.engine.kernels.cpu.code.simd import (
 from daskllm.engine.kernels.cpu.code.team import neighbours, take
 from daskllm.engine.kernels.cpu.code.vnni import BLOCK_ROWS, dot_rows
 from daskllm.engine.kernels.cpu.registers import LANES
-from daskllm.engine.kernels.int8 import SCALE_BYTES
+from daskllm.engine.sizes import BLOCK_SIZE, SCALE_BYTES, TILE
 
 __all__ = [
     "KEY",

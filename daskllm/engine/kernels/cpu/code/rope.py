@@ -12,7 +12,6 @@ import math
 import numba
 import numpy as np
 
-from daskllm.engine.batch import BLOCK_SIZE
 from daskllm.engine.kernels.cpu.code.memory import (
     array,
     as_float,
@@ -26,6 +25,7 @@ from daskllm.engine.kernels.cpu.code.rows import sum_of_squares
 from daskllm.engine.kernels.cpu.code.simd import compiled, inlined, vadd, vmul, vsplat, vsub
 from daskllm.engine.kernels.cpu.code.team import neighbours, take
 from daskllm.engine.kernels.cpu.registers import COLUMNS, LANES
+from daskllm.engine.sizes import BLOCK_SIZE
 
 __all__ = ["rope_bf16", "rope_f32", "rope_row", "turned_head"]
 

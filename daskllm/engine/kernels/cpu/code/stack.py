@@ -9,7 +9,6 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from daskllm.engine.batch import BLOCK_SIZE
 from daskllm.engine.kernels.cpu.code import amx
 from daskllm.engine.kernels.cpu.code.attention import attend, attention_scratch
 from daskllm.engine.kernels.cpu.code.gemm import (
@@ -91,6 +90,7 @@ from daskllm.engine.kernels.cpu.fields import (
     YIELD_AT,
 )
 from daskllm.engine.kernels.cpu.registers import COLUMNS, LANES, ROWS
+from daskllm.engine.sizes import BLOCK_SIZE
 
 __all__ = ["attention", "rope", "stack_bf16", "stack_f32", "stack_loop"]
 

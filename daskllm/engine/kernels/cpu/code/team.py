@@ -18,7 +18,7 @@ from daskllm.engine.kernels.cpu.code.memory import element_pointer
 from daskllm.engine.kernels.cpu.code.simd import compiled
 from daskllm.engine.kernels.cpu.fields import LINE
 
-__all__ = ["begin", "fetched_by", "meet", "neighbours", "take", "team_size", "together"]
+__all__ = ["begin", "fetched_by", "meet", "neighbours", "peek", "take", "team_size", "together"]
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -37,7 +37,9 @@ def take(typingctx, counters, index):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _read(typingctx, counters, index):  # type: ignore[no-untyped-def]
+def peek(typingctx, counters, index):  # type: ignore[no-untyped-def]
+    """A number that others write, as it is now."""
+
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
         return builder.load_atomic(element_pointer(context, builder, sig.args[0], *args), "acquire", 8)
 
@@ -154,7 +156,7 @@ def meet(counters, phase, size, give_way, clock, times, kind):  # type: ignore[n
         _open(counters, line + 2)
         return
     spins = 0
-    while _read(counters, line + 2) == 0:
+    while peek(counters, line + 2) == 0:
         spins += 1
         _pause()
         if spins % _SPINS == 0 and give_way:
