@@ -171,6 +171,7 @@ class Checkpoint:
         """
         file = self.file(name)
         try:
+            self._spans_in(file)  # before it is compared: `span` tells of the same file
             descriptor = os.open(file, os.O_RDONLY)
         except OSError:
             return None

@@ -8,9 +8,9 @@ memory like any other (https://docs.kernel.org/admin-guide/mm/transhuge.html).
 Models share the region that is being filled: of one that is closed, up to 64 MiB stay until what lies beside
 them has gone too.
 
-A model whose size is known before its weights are read has a region of its own (`own`), which can be filled
-before there are tensors: memory that a machine has not used before takes longer to come than weights take to
-be copied there (256 MiB took a virtual machine 0.6 s, and 0.03 s when it had it before).
+A model that is opened before torch is there has a region of its own (`own`), which is filled meanwhile:
+memory that a machine has not used before takes longer to come than weights take to be copied there (256 MiB
+took a virtual machine 0.6 s, and 0.03 s when it had it before).
 """
 
 from __future__ import annotations

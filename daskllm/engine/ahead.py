@@ -89,7 +89,7 @@ class Ahead:
                 self.close()
 
     def _stored(self, weight: TensorSource, itemsize: int) -> Stored:
-        from daskllm.engine.kernels.cpu.fields import NO_FILE
+        from daskllm.engine.kernels.cpu.fields import NOWHERE
         from daskllm.engine.kernels.cpu.panels import Stored
 
         outputs, inputs = weight.block_shape
@@ -101,7 +101,7 @@ class Ahead:
                 self._files[path] = self._checkpoint.descriptor(weight.name)
             file = self._files[path]
         if file is None:
-            return Stored(NO_FILE, 0, outputs, words)
+            return Stored(NOWHERE, 0, outputs, words)
         _, start, _ = self._checkpoint.span(weight.name)
         first = 0 if weight.rows is None else weight.rows[0]
         return Stored(file, start + first * inputs * itemsize, outputs, words)

@@ -326,7 +326,8 @@ class ResidentModel:
         weights = [self._block(layer, f"{name}.weight") for name in names]
         biases = [b for name in names if (b := self._optional(layer, f"{name}.bias")) is not None]
         laid = None if self._ahead is None else self._ahead.take(layer, names)
-        if laid is None or not laid[1]:
+        # A head's pages may have been read where nobody packs it: to see that it is the embedding.
+        if laid is None or not laid[1] or layer == "head":
             self._copied += [f"{name}.weight" for name in names]
         if self.quantize is None:
             return self.kernels.pack(weights, biases or None, laid)

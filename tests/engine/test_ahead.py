@@ -18,10 +18,11 @@ import torch
 import daskllm
 from daskllm.checkpoint import Checkpoint, open_checkpoint
 from daskllm.engine.ahead import Ahead, products
+from daskllm.engine.kernels.cpu import gemm
 from daskllm.engine.kernels.cpu.compiled import Kernel
-from daskllm.engine.kernels.cpu.fields import FILL_DONE, FILL_FIELDS, FILL_STOP, NO_FILE
+from daskllm.engine.kernels.cpu.fields import FILL_DONE, FILL_FIELDS, FILL_STOP, NOWHERE
 from daskllm.engine.kernels.cpu.gemm import Packed
-from daskllm.engine.kernels.cpu.panels import FILL, Filling, Stored
+from daskllm.engine.kernels.cpu.panels import FILL, Filling, Stored, panels_of
 from daskllm.engine.kernels.cpu.registers import COLUMNS, DENIED
 from daskllm.engine.layers import DecoderLayer, Head, ResidentModel
 from daskllm.models import describe, layer_names
@@ -29,6 +30,12 @@ from daskllm.types import ModelSpec
 from tests import tiny
 
 pytestmark = pytest.mark.skipif(bool(DENIED), reason="weights are not packed here")
+
+
+@pytest.fixture(autouse=True)
+def _compiled() -> None:
+    FILL.load()  # what has to be compiled first is not used
+
 
 Taken = dict[tuple[str, tuple[str, ...]], tuple[memoryview, bool] | None]
 
@@ -61,7 +68,6 @@ def _taken(ahead: Ahead, checkpoint: Checkpoint) -> Taken:
     "name", ["llama-gqa", "llama-biases-gelu", "llama-tied-odd", "qwen3", "gpt2", "gpt2-untied-gelu-odd"]
 )
 def test_what_is_laid_out_from_files_is_what_packing_makes(name: str, dtype: str, tmp_path: Path) -> None:
-    FILL.load()
     path = tiny.make_model(name, tmp_path / "model", dtype, max_shard_size="40KB")
     spec = ModelSpec(path=str(path), device="cpu")
     checkpoint = open_checkpoint(str(path))
@@ -181,13 +187,40 @@ def test_of_a_file_that_is_shorter_than_it_says_nothing_is_taken_for_laid_out(tm
     assert (laid == np.arange(COLUMNS * 2).reshape(COLUMNS, 2).T).all()
 
 
-def test_memory_alone_is_zeros_and_nothing_is_taken_for_laid_out() -> None:
-    filling = Filling({"a": [Stored(NO_FILE, 0, 3, 5)]}, FILL.load())
+@pytest.mark.parametrize("outputs", [3, 64 * COLUMNS * 2 + 3])
+def test_memory_that_is_only_sent_for_is_not_taken_for_laid_out(outputs: int) -> None:
+    filling = Filling({"a": [Stored(NOWHERE, 0, outputs, 5)]}, FILL.load())
     filling._thread.join(60)
+    assert filling._arguments[FILL_DONE] == filling._arguments[1] > 0
     found = filling.take("a")
     assert found is not None
-    assert (found[0].nbytes, found[1]) == (COLUMNS * 5 * 4, False)
+    assert (found[0].nbytes, found[1]) == (-(-outputs // COLUMNS) * COLUMNS * 5 * 4, False)
     assert not any(found[0])
+
+
+def test_weights_of_many_strips_are_what_packing_makes(tmp_path: Path) -> None:
+    sizes = [64 * COLUMNS * 2 + 3, 5, 9 * COLUMNS]
+    weights = [torch.randn(outputs, 37 * 2).bfloat16() for outputs in sizes]
+    file = tmp_path / "weights"
+    file.write_bytes(b"".join(w.view(torch.int16).numpy().tobytes() for w in weights))
+    descriptor = os.open(file, os.O_RDONLY)
+    starts = np.cumsum([0, *(w.nbytes for w in weights)])
+    stored = [Stored(descriptor, int(a), n, 37) for a, n in zip(starts, sizes, strict=False)]
+    filling = Filling({"a": stored}, FILL.load())
+    filling._thread.join(60)
+    os.close(descriptor)
+    found = filling.take("a")
+    assert found is not None
+    assert found[1]
+    laid, packed = gemm.pack(weights, None, found), gemm.pack(weights, None)
+    assert torch.equal(laid.panels, packed.panels)
+    first = 0
+    for weight in weights:
+        panels = laid.panels[first : first + panels_of(len(weight))]
+        rows = panels.permute(0, 2, 1, 3).reshape(-1, 37 * 2)
+        assert torch.equal(rows[: len(weight)], weight)
+        assert not rows[len(weight) :].any()
+        first += len(panels)
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc")

@@ -104,6 +104,7 @@ def test_a_directory_that_is_gone_lives_on_in_a_copy(
     path.rename(path.parent / "moved")
     copy = second.open(spec)
     assert isinstance(copy, PulledCheckpoint)
+    assert copy.descriptor("lm_head.weight") is None
     assert copy.path != path
     assert copy.identity == spec.identity
     assert second.pulled == {first.worker.address: needed}

@@ -40,7 +40,7 @@ def padded_inputs(size: int) -> int:
 # Fields of the arguments that weights are laid out by, behind the counter of strips and their number.
 FILL_TABLE, FILL_READ, FILL_BUFFER, FILL_STOP, FILL_DONE, FILL_FIELDS = range(2, 8)
 
-# Fields of a strip: an open file or `NO_FILE`, where in it (else in memory) it begins, outputs, words of
-# each, and where it goes.
+# Fields of a strip: an open file, `IN_MEMORY` or `NOWHERE` (only its memory is to come), where in the file or
+# in memory it begins, outputs, words of each, and where it goes.
 WHICH_FILE, FROM, OUTPUTS, WORDS, TO, STRIP_FIELDS = range(6)
-NO_FILE = -1
+IN_MEMORY, NOWHERE = -1, -2

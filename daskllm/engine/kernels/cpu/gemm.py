@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from daskllm.blocks.regions import room
 from daskllm.engine.kernels.cpu import registers
 from daskllm.engine.kernels.cpu.compiled import Kernel
-from daskllm.engine.kernels.cpu.fields import FILL_FIELDS, FILL_TABLE, NO_FILE
+from daskllm.engine.kernels.cpu.fields import FILL_FIELDS, FILL_TABLE, IN_MEMORY
 from daskllm.engine.kernels.cpu.largest import NOT_ASKED, Lanes
 from daskllm.engine.kernels.cpu.panels import FILL, panels_of, strips_of
 from daskllm.engine.kernels.cpu.registers import AMX, COLUMNS, SLACK
@@ -100,7 +100,7 @@ def _lay(weights: Sequence[torch.Tensor], panels: torch.Tensor) -> None:
             weight = F.pad(weight, (0, missing))
         weight = weight.contiguous()
         kept.append(weight)
-        strips += strips_of(NO_FILE, weight.data_ptr(), len(weight), words, to)
+        strips += strips_of(IN_MEMORY, weight.data_ptr(), len(weight), words, to)
         to += panels_of(len(weight)) * COLUMNS * words * 4
     table = np.array(strips, np.int64)
     run(FILL, len(strips), table.ctypes.data, *[0] * (FILL_FIELDS - FILL_TABLE - 1))

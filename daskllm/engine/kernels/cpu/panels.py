@@ -27,7 +27,7 @@ from daskllm.engine.kernels.cpu.fields import (
     FILL_READ,
     FILL_STOP,
     FILL_TABLE,
-    NO_FILE,
+    NOWHERE,
 )
 from daskllm.engine.kernels.cpu.registers import COLUMNS
 
@@ -35,8 +35,8 @@ __all__ = ["FILL", "Filling", "Stored", "panels_of", "strips_of"]
 
 FILL = Kernel("panels", "fill")
 
-_STRIP = 64
-"""Panels that are laid out between two looks at what else is to be done."""
+_STRIP = 4
+"""Panels of a strip, which one thread lays out: small weights, too, are work for several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Stored:
     """A weight ``[outputs, inputs]`` in a file.
 
     Attributes:
-        file: a descriptor; `NO_FILE` where only memory is sent for, and others lay the weight out.
+        file: a descriptor; `NOWHERE` where only memory is sent for, and others lay the weight out.
         offset: of its first byte.
         outputs: its rows.
         words: inputs of each, in fours of bytes.
@@ -104,7 +104,7 @@ class Filling:
             for w in product:
                 strips += strips_of(w.file, w.offset, w.outputs, w.words, begin + place)
                 place += w.nbytes
-            whole = all(w.file != NO_FILE for w in product)
+            whole = all(w.file != NOWHERE for w in product)
             self._products[name] = memory[first:place], len(strips) if whole else None
         self._table = np.array(strips, np.int64)
         self._buffer = np.empty(COLUMNS * max(w.words for w in weights), np.int32)
@@ -130,6 +130,6 @@ class Filling:
         return memory, strips is not None and bool(self._arguments[FILL_DONE] >= strips)
 
     def stop(self) -> None:
-        """Have the thread end, after the panel that it is at."""
+        """Have the thread end, after the strip that it is at."""
         self._arguments[FILL_STOP] = 1
         self._thread.join()

@@ -20,7 +20,8 @@ from daskllm.engine.kernels.cpu.fields import (
     FILL_STOP,
     FILL_TABLE,
     FROM,
-    NO_FILE,
+    IN_MEMORY,
+    NOWHERE,
     OUTPUTS,
     STRIP_FIELDS,
     TO,
@@ -69,20 +70,18 @@ def fill(pointer):  # type: ignore[no-untyped-def]
     lines = workspace(COLUMNS * _RUN, np.int32)
     while True:
         strip = take(a, 0)
-        if strip >= a[1]:
+        if strip >= a[1] or peek(a, FILL_STOP) != 0:
             return
         fields = table[strip * STRIP_FIELDS : (strip + 1) * STRIP_FIELDS]
         file, outputs, words = fields[WHICH_FILE], fields[OUTPUTS], fields[WORDS]
         to = array(fields[TO], -(-outputs // COLUMNS) * COLUMNS * words, np.int32)
-        if file == NO_FILE and fields[FROM] == 0:
-            to[:] = 0  # only to have the memory come
+        if file == NOWHERE:
+            to[:] = 0
             outputs = 0
         for first in range(0, outputs, COLUMNS):
-            if peek(a, FILL_STOP) != 0:
-                return
             count = min(COLUMNS, outputs - first)
             place, size = fields[FROM] + first * words * 4, count * words * 4
-            if file != NO_FILE:
+            if file != IN_MEMORY:
                 # Less than all of it is for whoever reads it by other means, and says what is wrong.
                 if _pread(a[FILL_READ], file, a[FILL_BUFFER], size, place) != size:
                     return
